@@ -1,0 +1,84 @@
+"""Every way regrad can fail, with its exit code. Knows nothing but the standard library.
+
+One class a kind of failure; `kind` is the stable name that `--json` prints, `exit_code` the process's status.
+A message names the fact (what and where); the hint names the way out.
+"""
+
+
+class RegradError(Exception):
+    """The base of all expected failures: carries the exit code, a stable kind, a message and the way out."""
+
+    exit_code = 70
+    kind = "unexpected"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageProblem(RegradError):
+    """The command was called with something it cannot take."""
+
+    exit_code, kind = 2, "usage"
+
+
+class NoBank(RegradError):
+    """There is no bank at the named place, nor in a parent folder."""
+
+    exit_code, kind = 10, "no_bank"
+
+
+class Locked(RegradError):
+    """Another process is writing to the bank."""
+
+    exit_code, kind = 11, "locked"
+
+
+class Mismatch(RegradError):
+    """Bank and model (or tokenizer, prior, embedder) are not those that belong together."""
+
+    exit_code, kind = 12, "mismatch"
+
+
+class PriorMismatch(Mismatch):
+    """Gradients, prior and model differ in their tensors' names or shapes."""
+
+    kind = "prior_mismatch"
+
+
+class ModelUnavailable(RegradError):
+    """A model, an embedder or a device that was asked for is not there and cannot be had."""
+
+    exit_code, kind = 13, "model_unavailable"
+
+
+class Damaged(RegradError):
+    """Something in the bank is not what its checksum says, or is missing."""
+
+    exit_code, kind = 14, "damaged"
+
+
+class UnknownFormat(RegradError):
+    """The bank is of a format, or uses a feature, that this version does not know."""
+
+    exit_code, kind = 14, "unknown_format"
+
+
+class StorageFailed(RegradError):
+    """The disk is full, read-only, or answered with an error; what was committed before stays."""
+
+    kind = "storage_failed"
+
+
+class NonFinite(RegradError):
+    """A loss or a gradient is not a finite number; it never enters a bank."""
+
+    kind = "non_finite"
+
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_PARTIAL = 3  # done, but some inputs could not be read; each was named
+EXIT_UNEXPECTED = 70
+EXIT_INTERRUPTED = 130
