@@ -22,13 +22,13 @@ def sha256_hex(data: bytes | str) -> str:
 
 
 def document_id(source: str) -> str:
-    """A document's id: the first 16 hex digits of the SHA-256 of its source. The same file keeps its id when its text changes."""
+    """A document's id: the first 16 hex digits of the SHA-256 of its source, so it stays when the text changes."""
     return hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document as read: `source` is where it came from (see bank-format rule 4), `title` its own or its file's name."""
+    """One document as read: `source` is where it came from (bank-format rule 4), `title` its own or its file's."""
 
     source: str
     title: str

@@ -1,0 +1,88 @@
+"""Clearing what is no longer needed: a crash's leftovers, an ingest's own intermediate snapshots. Knows which files
+which snapshots name; the caller holds the writer's lock.
+
+Nothing here may fail a write: what cannot be removed stays until the next writer. No file goes that any snapshot names,
+and while a snapshot's manifest cannot be read, nobody knows what it names, so none goes at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from regrad_cli.bank import files, layout
+from regrad_cli.bank.manifest import Manifest
+from regrad_cli.bank.opening import read_manifest
+from regrad_cli.bank.store import Folder
+from regrad_cli.errors import RegradError
+
+
+def clear_leftovers(bank: Path, newest: Manifest) -> None:
+    """Empties tmp/, drops intermediate snapshots that a killed writer left, and files that no snapshot names."""
+    with suppress(OSError):
+        for entry in (bank / "tmp").iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                files.discard(entry)
+    with suppress(OSError):
+        for claim in (bank / "snapshots").glob("*.claim"):
+            files.discard(claim)
+    for number in reversed(layout.snapshot_numbers(bank)[:-1]):
+        older = _manifest(bank, number)
+        if older is None or older.run != newest.run:
+            break
+        _drop(bank, number)
+    named = {name for name, _ in newest.files()}
+    _remove_unnamed(bank, [name for name in layout.content_files(bank) if name not in named])
+
+
+def drop_snapshots(bank: Path, numbers: Sequence[int], newest: Manifest) -> None:
+    """Drops these snapshots, but for those a reader has locked, and the files that only they named."""
+    freed: set[str] = set()
+    for number in numbers:
+        manifest = _manifest(bank, number)
+        if manifest is not None and _drop(bank, number):
+            freed.update(name for name, _ in manifest.files())
+    _remove_unnamed(bank, freed - {name for name, _ in newest.files()})
+
+
+def _manifest(bank: Path, number: int) -> Manifest | None:
+    name = layout.snapshot_name(number)
+    try:
+        with Folder(bank).open(name) as region:
+            return read_manifest(region)
+    except (RegradError, OSError):
+        return None
+
+
+def _drop(bank: Path, number: int) -> bool:
+    """Unlinks one snapshot unless a reader holds it; a reader that opens it in this moment sees that it is gone."""
+    path = bank / layout.snapshot_name(number)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return files.lock_exclusive(fd) and files.discard(path)
+    except OSError:
+        return False  # no locks here: nobody can tell whether it is read
+    finally:
+        os.close(fd)
+
+
+def _remove_unnamed(bank: Path, candidates: Iterable[str]) -> None:
+    """Removes those of the candidates that no snapshot names. The other manifests are read only if there are any."""
+    remaining = set(candidates)
+    if not remaining:
+        return
+    for number in layout.snapshot_numbers(bank):
+        manifest = _manifest(bank, number)
+        if manifest is None:
+            return
+        remaining.difference_update(name for name, _ in manifest.files())
+    for name in remaining:
+        files.discard(bank / name)

@@ -1,0 +1,83 @@
+"""Where each file of a bank's folder lies, and how a bank is found. Knows names, not contents.
+
+Every file but `lock` is written once; those outside `snapshots/` are named by the SHA-256 of what they hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from regrad_cli.errors import NoBank
+
+FORMAT_FILE = "FORMAT"
+FORMAT_TEXT = b"gbank 1\n"
+LOCK_FILE = "lock"
+BANK_FOLDER = ".gbank"
+SUFFIXES = {"shards": ".safetensors", "docs": ".jsonl", "priors": ".safetensors", "index": ".hnsw"}
+FOLDERS = ("snapshots", *SUFFIXES, "tmp", "quarantine")
+
+_CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.[a-z]+)\Z")
+_SNAPSHOT_NAME = re.compile(r"([0-9]{8,12})\.json\Z")
+
+
+def content_name(folder: str, sha256: str) -> str:
+    """The name, inside the bank, of a file that is named by its content: folder is a key of SUFFIXES."""
+    return f"{folder}/{sha256}{SUFFIXES[folder]}"
+
+
+def snapshot_name(number: int) -> str:
+    return f"snapshots/{number:08d}.json"
+
+
+def snapshot_numbers(bank: Path) -> list[int]:
+    """Numbers of the snapshots whose manifests exist, ascending; [] if there is no such folder."""
+    numbers = []
+    try:
+        for entry in (bank / "snapshots").iterdir():
+            match = _SNAPSHOT_NAME.match(entry.name)
+            if match and f"{int(match[1]):08d}" == match[1]:
+                numbers.append(int(match[1]))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(numbers)
+
+
+def content_files(bank: Path) -> Iterator[str]:
+    """Names, inside the bank, of all files that are named by their content; a stranger's files are not listed."""
+    for folder, suffix in SUFFIXES.items():
+        try:
+            entries = sorted((bank / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for entry in entries:
+            match = _CONTENT_NAME.match(entry.name)
+            if match and match[1] == suffix:
+                yield f"{folder}/{entry.name}"
+
+
+def looks_like_a_bank(path: Path) -> bool:
+    """Whether this folder is meant to be a bank, however damaged."""
+    return (path / FORMAT_FILE).is_file() or bool(snapshot_numbers(path))
+
+
+def locate_bank(explicit: str | Path | None, start: Path) -> Path:
+    """The bank that is meant: the one named, or the nearest `.gbank/` in `start` or a parent, as git finds `.git`.
+
+    raises  NoBank with the way out
+    """
+    if explicit is not None:
+        path = Path(explicit).expanduser()
+        if path.is_file() or looks_like_a_bank(path):
+            return path
+        if looks_like_a_bank(path / BANK_FOLDER):
+            raise NoBank(f"{path} is not a bank", f"it holds one: --bank {path / BANK_FOLDER}")
+        raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
+    for folder in (start, *start.resolve().parents):
+        if looks_like_a_bank(folder / BANK_FOLDER):
+            return folder / BANK_FOLDER
+    raise NoBank(
+        f"there is no bank in {start} or a folder above it",
+        "`regrad init` makes one here; --bank PATH or REGRAD_BANK names another",
+    )

@@ -1,0 +1,334 @@
+"""A shard: the rows of one commit in one safetensors file, their passages beside it as JSON lines. Knows bytes, shapes
+and checksums; not what a gradient or an embedding means.
+
+Row i of a shard belongs to line i of its docs file. Tensors, each one large matrix:
+
+    line_ends   (rows,)    int64     where line i ends in the docs file, newline included
+    tokens      (rows,)    int32
+    embeddings  (rows, d)  float16
+    scales      (rows, S)  float16
+    checksums   (rows, 32) uint8     SHA-256 of the row: key, codes, scales, embedding, line
+    codes       (rows, C)  uint8
+    documents   (rows, 8)  uint8     the document's id
+    keys        (rows, 32) uint8
+
+One row is read with a few small reads and is proved by its own checksum; a block that is read whole (BLOCKS in
+manifest.py) is proved by its hash in the manifest. Nothing is used before that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from regrad_cli.bank.damage import DamagedFile, DamagedRow
+from regrad_cli.bank.manifest import BLOCKS, FileEntry, ShardEntry
+from regrad_cli.bank.store import Folder, Region
+from regrad_cli.records import BankSettings, Passage, canonical_json, document_id
+
+HEADER_LIMIT = 1 << 16  # bytes; ours is under 1 kB, and a reader never believes a larger one
+LINE_LIMIT = 16 << 20  # bytes of one passage with its source and title
+_ROW = b"gbank row 1\0"
+_DTYPES = {"I64": "<i8", "I32": "<i4", "F16": "<f2", "U8": "|u1"}
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "document": str,
+    "source": str,
+    "title": str,
+    "ordinal": int,
+    "offset": int,
+    "tokens": int,
+    "text": (str, type(None)),
+}
+
+
+class TensorPlace(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.size_bytes // self.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, proved by its checksum."""
+
+    key: bytes
+    codes: bytes
+    scales: bytes
+    embedding: bytes
+    passage: Passage
+
+
+def expected_tensors(settings: BankSettings, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a shard of this bank must hold, by name: dtype and shape."""
+    return {
+        "line_ends": ("I64", (rows,)),
+        "tokens": ("I32", (rows,)),
+        "embeddings": ("F16", (rows, settings.embedding_dim)),
+        "scales": ("F16", (rows, settings.scale_count)),
+        "checksums": ("U8", (rows, 32)),
+        "codes": ("U8", (rows, settings.code_bytes)),
+        "documents": ("U8", (rows, 8)),
+        "keys": ("U8", (rows, 32)),
+    }
+
+
+def passage_line(passage: Passage) -> bytes:
+    """A passage as its line in a docs file, newline included. Lone surrogates (odd file names) become JSON escapes."""
+    text = canonical_json({field: getattr(passage, field) for field in _FIELDS})
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def parse_line(line: bytes) -> Passage:
+    """raises ValueError if it is not a line that passage_line wrote"""
+    try:
+        value = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict) or set(value) != set(_FIELDS):
+        raise ValueError("other fields than a passage's")
+    for field, kind in _FIELDS.items():
+        if not isinstance(value[field], kind) or isinstance(value[field], bool):
+            raise ValueError(f"{field} is of another type")
+    return Passage(**value)
+
+
+def row_checksum(key: bytes, codes: bytes, scales: bytes, embedding: bytes, line: bytes) -> bytes:
+    """SHA-256 over all of a row; every part but the last is of the bank's fixed size, so none can run into another."""
+    digest = hashlib.sha256(_ROW)
+    for part in (key, codes, scales, embedding, line):
+        digest.update(part)
+    return digest.digest()
+
+
+def build_shard(
+    settings: BankSettings,
+    passages: Sequence[Passage],
+    keys: Sequence[bytes],
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float16],
+    embeddings: npt.NDArray[np.float16],
+) -> tuple[bytes, bytes, ShardEntry]:
+    """The shard's file, its docs file, and its manifest entry. The same rows give the same bytes, always."""
+    from safetensors.numpy import save
+
+    rows = len(passages)
+    lines = [passage_line(passage) for passage in passages]
+    if max(map(len, lines)) > LINE_LIMIT:
+        raise ValueError(f"a passage's line is longer than {LINE_LIMIT} bytes")
+    codes, scales, embeddings = (
+        np.ascontiguousarray(codes),
+        np.ascontiguousarray(scales),
+        np.ascontiguousarray(embeddings),
+    )
+    checksums = [
+        row_checksum(keys[row], codes[row].tobytes(), scales[row].tobytes(), embeddings[row].tobytes(), lines[row])
+        for row in range(rows)
+    ]
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "line_ends": np.cumsum([len(line) for line in lines], dtype=np.int64),
+        "tokens": np.array([passage.tokens for passage in passages], np.int32),
+        "embeddings": embeddings,
+        "scales": scales,
+        "checksums": np.frombuffer(b"".join(checksums), np.uint8).reshape(rows, 32),
+        "codes": codes,
+        "documents": np.frombuffer(bytes.fromhex("".join(p.document for p in passages)), np.uint8).reshape(rows, 8),
+        "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(rows, 32),
+    }
+    data = save(tensors)
+    docs = b"".join(lines)
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    places = parse_header(header, len(data), expected_tensors(settings, rows), "new shard")
+    blocks = {"header": hashlib.sha256(header).hexdigest()}
+    for block in BLOCKS[1:]:
+        place = places[block]
+        blocks[block] = hashlib.sha256(memoryview(data)[place.start : place.start + place.size_bytes]).hexdigest()
+    entry = ShardEntry(
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        rows=rows,
+        first=min(passage.document for passage in passages),
+        last=max(passage.document for passage in passages),
+        tokens=sum(passage.tokens for passage in passages),
+        blocks=blocks,
+        docs=FileEntry(hashlib.sha256(docs).hexdigest(), len(docs)),
+    )
+    return data, docs, entry
+
+
+def parse_header(
+    header: bytes, file_bytes: int, expected: dict[str, tuple[str, tuple[int, ...]]], name: str
+) -> dict[str, TensorPlace]:
+    """A safetensors header (its 8 length bytes included) as the places of exactly the expected tensors.
+
+    raises  DamagedFile on any other tensor, dtype or shape, and on places that overlap, leave a hole or leave the file
+    """
+    try:
+        body: Any = json.loads(header[8:])
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(name, "has a header that is not JSON") from error
+    if not isinstance(body, dict) or body.keys() - {"__metadata__"} != expected.keys():
+        raise DamagedFile(name, "does not hold a shard's tensors")
+    places: dict[str, TensorPlace] = {}
+    for tensor, (dtype, shape) in expected.items():
+        entry = body[tensor]
+        size = int(np.dtype(_DTYPES[dtype]).itemsize)
+        for dimension in shape:
+            size *= dimension
+        if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != list(shape):
+            raise DamagedFile(name, f"{tensor} is not {dtype} {list(shape)}")
+        offsets = entry.get("data_offsets")
+        if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
+            raise DamagedFile(name, f"{tensor} has no place")
+        if offsets[1] - offsets[0] != size or offsets[0] < 0:
+            raise DamagedFile(name, f"{tensor} lies at {offsets}, which is not {size} bytes")
+        places[tensor] = TensorPlace(dtype, shape, len(header) + offsets[0], size)
+    position = len(header)
+    for place in sorted(places.values(), key=lambda place: (place.start, place.size_bytes)):
+        if place.start != position:
+            raise DamagedFile(name, "has tensors that overlap or leave a hole")
+        position += place.size_bytes
+    if position != file_bytes:
+        raise DamagedFile(name, f"has {file_bytes} bytes, its tensors end at {position}")
+    return places
+
+
+class ShardReader:
+    """Reads one shard of a snapshot, opening its files for each call; safe to use from several threads.
+
+    Every method raises DamagedFile (DamagedRow for one row) rather than returning what no checksum proves, but for
+    `unproved_embeddings`.
+    """
+
+    def __init__(self, folder: Folder, entry: ShardEntry, settings: BankSettings) -> None:
+        self.folder, self.entry, self.settings = folder, entry, settings
+        self._places: dict[str, TensorPlace] | None = None
+
+    def _layout(self, region: Region) -> dict[str, TensorPlace]:
+        if self._places is None:
+            if region.length < 8:
+                raise DamagedFile(region.name, "has no header")
+            length = int.from_bytes(region.read(0, 8), "little")
+            if length > HEADER_LIMIT:
+                raise DamagedFile(region.name, f"has a header of {length} bytes, which no shard has")
+            header = region.read(0, 8 + length)
+            if hashlib.sha256(header).hexdigest() != self.entry.blocks["header"]:
+                raise DamagedFile(region.name, "has a damaged header")
+            expected = expected_tensors(self.settings, self.entry.rows)
+            self._places = parse_header(header, region.length, expected, region.name)
+        return self._places
+
+    def block(self, tensor: str) -> npt.NDArray[Any]:
+        """A whole tensor, proved by its hash in the manifest; `tensor` is one of BLOCKS but the header."""
+        with self.folder.open(self.entry.name, self.entry.bytes) as region:
+            place = self._layout(region)[tensor]
+            buffer = np.empty(place.size_bytes, np.uint8)
+            region.read_into(place.start, buffer.data)
+        if hashlib.sha256(buffer.data).hexdigest() != self.entry.blocks[tensor]:
+            raise DamagedFile(self.entry.name, f"{tensor} are damaged", self._known_documents(tensor))
+        return buffer.view(_DTYPES[place.dtype]).reshape(place.shape)
+
+    def embeddings(self) -> npt.NDArray[np.float16]:
+        """(rows, d) float16"""
+        return self.block("embeddings")
+
+    def documents(self) -> npt.NDArray[np.uint64]:
+        """(rows,) document ids as numbers, in the order of their hex digits."""
+        return self.block("documents").view(">u8").reshape(-1).astype(np.uint64)
+
+    def _known_documents(self, damaged: str) -> tuple[str, ...]:
+        """Whose rows lie here, as far as that can still be read."""
+        if damaged == "documents":
+            return ()
+        try:
+            return tuple(sorted({f"{number:016x}" for number in self.documents()[self.live()].tolist()}))
+        except DamagedFile:
+            return ()
+
+    def live(self) -> npt.NDArray[np.bool_]:
+        """(rows,) True where the row is not removed."""
+        mask = np.ones(self.entry.rows, np.bool_)
+        for start, end in self.entry.removed:
+            mask[start:end] = False
+        return mask
+
+    def unproved_embeddings(self, rows: Sequence[int]) -> npt.NDArray[np.float16]:
+        """(n, d) float16, straight from the file: for ordering candidates, never for an answer."""
+        with self.folder.open(self.entry.name, self.entry.bytes) as region:
+            place = self._layout(region)["embeddings"]
+            data = b"".join(region.read(place.start + row * place.row_bytes, place.row_bytes) for row in rows)
+        return np.frombuffer(data, "<f2").reshape(len(rows), -1)
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """(row, line) of all rows, the docs file proved by its name."""
+        ends = self.block("line_ends").tolist()
+        with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
+            data = region.read(0, region.length)
+        if hashlib.sha256(data).hexdigest() != self.entry.docs.sha256:
+            raise DamagedFile(self.entry.docs_name, "is damaged", self._known_documents("docs"))
+        start = 0
+        for row, end in enumerate(ends):
+            if not start < end <= len(data):
+                raise DamagedFile(self.entry.name, f"line_ends of row {row} leave the docs file")
+            yield row, data[start:end]
+            start = end
+        if start != len(data):
+            raise DamagedFile(self.entry.docs_name, "has more lines than its shard has rows")
+
+    def row(self, row: int) -> Row:
+        """One row with its passage, proved by its checksum. Reads that row only."""
+        if not 0 <= row < self.entry.rows:
+            raise IndexError(f"row {row} of {self.entry.rows}")
+        with self.folder.open(self.entry.name, self.entry.bytes) as region:
+            places = self._layout(region)
+
+            def part(tensor: str) -> bytes:
+                place = places[tensor]
+                return region.read(place.start + row * place.row_bytes, place.row_bytes)
+
+            key, codes, scales, embedding = part("keys"), part("codes"), part("scales"), part("embeddings")
+            checksum, document = part("checksums"), part("documents").hex()
+            ends = places["line_ends"].start
+            start = int.from_bytes(region.read(ends + 8 * row - 8, 8), "little", signed=True) if row else 0
+            end = int.from_bytes(region.read(ends + 8 * row, 8), "little", signed=True)
+        if not 0 <= start < end <= self.entry.docs.bytes or end - start > LINE_LIMIT:
+            raise self._damaged(row, "its place in the docs file is damaged")
+        try:
+            with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
+                line = region.read(start, end - start)
+        except DamagedFile as error:
+            raise self._damaged(row, f"{error.finding.file} {error.finding.what}") from error
+        if row_checksum(key, codes, scales, embedding, line) != checksum:
+            raise self._damaged(row, "its checksum does not match", line)
+        try:
+            passage = parse_line(line)
+        except ValueError as error:
+            raise self._damaged(row, f"its line is not a passage ({error})") from error
+        if passage.document != document:
+            raise self._damaged(row, "it names another document", line)
+        return Row(key, codes, scales, embedding, passage)
+
+    def _damaged(self, row: int, what: str, line: bytes = b"") -> DamagedRow:
+        """The error for one row, with its document's id as far as something still proves it."""
+        document = source = None
+        with suppress(DamagedFile):
+            document = f"{int(self.documents()[row]):016x}"
+        with suppress(ValueError):
+            passage = parse_line(line)
+            # A source proves itself: the id is its hash.
+            if passage.document == document_id(passage.source) and document in (None, passage.document):
+                document, source = passage.document, passage.source
+        return DamagedRow(self.entry.name, row, what, document, source)

@@ -1,0 +1,383 @@
+"""One snapshot of a bank, opened for reading: its numbers, documents, passages, rows, and the search over them.
+Knows the manifest and the readers below it; writes nothing, and no model, prior or codec is more to it than bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from regrad_cli.bank import layout
+from regrad_cli.bank.damage import DamagedFile, Finding
+from regrad_cli.bank.manifest import Manifest
+from regrad_cli.bank.store import Folder
+from regrad_cli.errors import Mismatch, NonFinite, UsageProblem
+from regrad_cli.records import Hit, Passage, RowRef, document_id, sha256_hex
+
+if TYPE_CHECKING:  # numpy and what needs it are imported when rows are: `bank stats` does without (0.1 s)
+    import numpy as np
+    import numpy.typing as npt
+
+    from regrad_cli.bank.index import Graph
+    from regrad_cli.bank.search import Candidate, Resident
+    from regrad_cli.bank.shards import Row, ShardReader
+
+SLACK = 16  # candidates beyond k: float32 may order near-equal rows otherwise than the float64 score does
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a snapshot in the order asked for, each proved by its checksum.
+
+    codes (n, C) uint8 · scales (n, S) float16 · embeddings (n, d) float16 · keys n × 32 bytes
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float16]
+    embeddings: npt.NDArray[np.float16]
+    keys: tuple[bytes, ...]
+    passages: tuple[Passage, ...]
+
+
+class Snapshot:
+    """A bank as it was at one commit; it stays that while others write. Made by `open_bank`, used in a `with`.
+
+    damaged     what was skipped by calls with skip_damaged=True
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, fd: int | None = None) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.number = manifest.number
+        self.settings = manifest.settings
+        self.damaged: list[Finding] = []
+        self._fd = fd
+        self._folder = Folder(path)
+        self._readers: dict[int, ShardReader] = {}
+        self._graph: Graph | Literal["not tried"] | None = "not tried"
+        self._resident: dict[tuple[int, bool], Resident] = {}
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the shared lock back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    # ── what the manifest alone tells ────────────────────────────────────────────────────────────────────────────────
+
+    def stats(self) -> dict[str, Any]:
+        """What `bank stats` prints; reads no shard. "gradients" are the shards without their embeddings."""
+        manifest, settings = self.manifest, self.settings
+        embeddings = sum(shard.rows for shard in manifest.shards) * settings.embedding_dim * 2
+        shards = sum(shard.bytes for shard in manifest.shards)
+        text = sum(shard.docs.bytes for shard in manifest.shards)
+        index = manifest.index.bytes if manifest.index is not None else 0
+        counts = manifest.counts
+        return {
+            "path": str(self.path),
+            "form": "live",
+            "snapshot": self.number,
+            "documents": counts.documents,
+            "passages": counts.passages,
+            "tokens": counts.tokens,
+            "stale": 0,
+            "dead": counts.dead,
+            "bytes": {
+                "gradients": shards - embeddings,
+                "embeddings": embeddings,
+                "text": text,
+                "index": index,
+                "prior": manifest.prior.bytes,
+                "total": shards + text + index + manifest.prior.bytes,
+            },
+            "bytes_per_passage": round((shards + text) / counts.passages, 1) if counts.passages else None,
+            "model": settings.model_name,
+            "prior": settings.prior_name if settings.prior_trained else f"{settings.prior_name} (untrained)",
+            "prior_trained": settings.prior_trained,
+            "codec": str(settings.codec),
+            "embedder": settings.embedder_name,
+            "shards": len(manifest.shards),
+            "keep_text": settings.keep_text,
+            "time": manifest.time,
+            "fingerprints": {
+                "model": settings.model,
+                "tokenizer": settings.tokenizer,
+                "prior": settings.prior,
+                "embedder": settings.embedder,
+            },
+        }
+
+    def check(
+        self,
+        *,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        prior: str | None = None,
+        embedder: str | None = None,
+    ) -> None:
+        """Compares fingerprints with those the bank was made for; None is not compared.
+
+        raises  Mismatch that names both sides and the way out
+        """
+        own = self.settings
+        ways = {
+            "model": (own.model, model, own.model_name, "use the model the bank was made with, or make a new bank"),
+            "tokenizer": (own.tokenizer, tokenizer, own.model_name, "use that model's tokenizer, or make a new bank"),
+            "prior": (own.prior, prior, own.prior_name, "use the prior the bank was made with, or make a new bank"),
+            "embedder": (own.embedder, embedder, own.embedder_name, "name the bank's embedder, or make a new bank"),
+        }
+        for what, (expected, given, name, way) in ways.items():
+            if given is not None and given != expected:
+                raise Mismatch(
+                    f"the bank at {self.path} was made with the {what} of {name} ({expected[:12]}…), "
+                    f"not with this one ({given[:12]}…)",
+                    way,
+                )
+
+    def prior_bytes(self) -> bytes:
+        """The prior's safetensors file, proved by its name."""
+        entry = self.manifest.prior
+        name = layout.content_name("priors", entry.sha256)
+        with self._folder.open(name, entry.bytes) as region:
+            data = region.read(0, region.length)
+        if sha256_hex(data) != entry.sha256:
+            raise DamagedFile(name, "is damaged")
+        return data
+
+    # ── documents and passages ───────────────────────────────────────────────────────────────────────────────────────
+
+    def passages(
+        self, document: str | None = None, *, skip_damaged: bool = False
+    ) -> Iterator[tuple[RowRef, Passage, bytes]]:
+        """Every live row, or those of one document: its place, its passage, its key. In the order of the shards, but
+        one document's in the order of its text."""
+        if document is not None:
+            yield from sorted(self._document(document, skip_damaged), key=lambda item: (item[1].ordinal, item[0]))
+            return
+        for position in range(len(self.manifest.shards)):
+            yield from self._shard_passages(position, None, skip_damaged)
+
+    def _document(self, document: str, skip_damaged: bool) -> Iterator[tuple[RowRef, Passage, bytes]]:
+        for position, shard in enumerate(self.manifest.shards):
+            if shard.first <= document <= shard.last:
+                yield from self._shard_passages(position, document, skip_damaged)
+
+    def _shard_passages(
+        self, position: int, document: str | None, skip_damaged: bool
+    ) -> Iterator[tuple[RowRef, Passage, bytes]]:
+        from regrad_cli.bank.shards import parse_line
+
+        reader = self._reader(position)
+        try:
+            wanted = reader.live()
+            if not wanted.any():
+                return
+            if document is not None:
+                wanted &= reader.documents() == int(document, 16)
+                if not wanted.any():
+                    return
+            keys = reader.block("keys")
+            for row, line in reader.lines():
+                if not wanted[row]:
+                    continue
+                try:
+                    passage = parse_line(line)
+                except ValueError as error:
+                    raise DamagedFile(reader.entry.docs_name, f"line {row} is not a passage ({error})") from error
+                yield RowRef(position, row), passage, keys[row].tobytes()
+        except DamagedFile as error:
+            if not skip_damaged:
+                raise
+            self._skip(error)
+
+    def documents(self, *, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+        """A dict a document, as `bank ls` prints it, in the order of their sources."""
+        found: dict[str, dict[str, Any]] = {}
+        firsts: dict[str, int] = {}
+        for _, passage, _ in self.passages(skip_damaged=skip_damaged):
+            entry = found.setdefault(
+                passage.document,
+                {"id": passage.document, "source": passage.source, "title": "", "passages": 0, "tokens": 0},
+            )
+            if passage.ordinal <= firsts.get(passage.document, passage.ordinal):
+                firsts[passage.document], entry["title"] = passage.ordinal, passage.title
+            entry["passages"] += 1
+            entry["tokens"] += passage.tokens
+        yield from sorted(found.values(), key=lambda entry: (entry["source"], entry["id"]))
+
+    def find_document(self, name: str) -> str:
+        """The id of the document that is meant by an id, a unique beginning of one (4 digits or more), or a source.
+
+        raises  UsageProblem if there is none, or several
+        """
+        import numpy as np
+
+        exact = {int(document_id(name), 16)}
+        prefix = name.lower() if 4 <= len(name) <= 16 and not set(name.lower()) - set("0123456789abcdef") else None
+        found: set[int] = set()
+        for position in range(len(self.manifest.shards)):
+            reader = self._reader(position)
+            numbers = np.unique(reader.documents()[reader.live()])
+            if prefix is not None:
+                low = np.uint64(int(prefix.ljust(16, "0"), 16))
+                high = np.uint64(int(prefix.ljust(16, "f"), 16))
+                found.update(numbers[(numbers >= low) & (numbers <= high)].tolist())
+            found.update(exact & set(numbers.tolist()))
+        if found & exact:  # a source wins over an id that looks like it
+            found &= exact
+        if not found:
+            raise UsageProblem(f"there is no document {name!r} in the bank", "`regrad bank ls` lists ids and sources")
+        if len(found) > 1:
+            listed = ", ".join(f"{number:016x}" for number in sorted(found)[:5])
+            raise UsageProblem(f"{len(found)} documents begin with {name!r}: {listed}", "give more of the id")
+        return f"{found.pop():016x}"
+
+    # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def row(self, ref: RowRef) -> Row:
+        """One row as bytes, proved by its checksum; reads that row only. raises DamagedRow naming its document"""
+        return self._reader(ref.shard).row(ref.row)
+
+    def read_rows(self, refs: Sequence[RowRef]) -> Rows:
+        """These rows as arrays, in this order, each proved by its checksum. raises DamagedFile naming the document"""
+        import numpy as np
+
+        rows = [self.row(ref) for ref in refs]
+
+        def stack(parts: list[bytes], dtype: str, width: int) -> npt.NDArray[Any]:
+            return np.frombuffer(bytearray(b"".join(parts)), dtype).reshape(len(rows), width)
+
+        return Rows(
+            codes=stack([row.codes for row in rows], "|u1", self.settings.code_bytes),
+            scales=stack([row.scales for row in rows], "<f2", self.settings.scale_count),
+            embeddings=stack([row.embedding for row in rows], "<f2", self.settings.embedding_dim),
+            keys=tuple(row.key for row in rows),
+            passages=tuple(row.passage for row in rows),
+        )
+
+    # ── search ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def search(
+        self, vectors: npt.NDArray[np.float32], k: int, *, warm: bool = False, skip_damaged: bool = False
+    ) -> list[list[Hit]]:
+        """The k most similar passages for each vector, best first; fewer where the bank has fewer.
+
+        vectors       (q, d) float32, unit norm
+        warm          many questions will follow: keep the embeddings in memory, use the search graph if there is one
+        skip_damaged  leave out what is damaged and say so in `damaged`
+        raises        DamagedFile naming what is damaged: a shard's embeddings, or the document of a hit
+        """
+        import numpy as np
+
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        if vectors.ndim != 2 or vectors.shape[1] != self.settings.embedding_dim:
+            raise ValueError(f"vectors are (q, {self.settings.embedding_dim}), not {vectors.shape}")
+        if k < 1:
+            raise UsageProblem(f"k is {k}; at least one passage must be asked for")
+        if not np.isfinite(vectors).all():
+            raise NonFinite("the question's embedding is not finite")
+        if vectors.size and np.abs(vectors).max() > 1.001:  # larger ones would overflow in `similarities`
+            raise ValueError("vectors have unit norm")
+        hits: list[list[Hit]] = []
+        wanted = min(k, self.manifest.counts.passages)
+        count = k + SLACK
+        candidates = self._candidates(vectors, count, warm, skip_damaged)
+        for query, vector in enumerate(vectors):
+            chosen, mine, many = self._hits(vector, candidates[query], k, skip_damaged), candidates[query], count
+            while len(chosen) < wanted and len(mine) == many:  # damaged rows took places of good ones
+                many *= 4
+                mine = self._candidates(vectors[query : query + 1], many, warm, skip_damaged)[0]
+                chosen = self._hits(vector, mine, k, skip_damaged)
+            hits.append(chosen)
+        return hits
+
+    def _candidates(
+        self, vectors: npt.NDArray[np.float32], count: int, warm: bool, skip_damaged: bool
+    ) -> list[list[Candidate]]:
+        from regrad_cli.bank import search
+
+        skip = self._skip if skip_damaged else None
+        if not warm:
+            return search.scan(self._all_readers(0), vectors, count, skip)
+        graph = self._loaded_graph()
+        near = graph.nearest(vectors, count) if graph is not None else None
+        first = graph.shards if graph is not None and near is not None else 0
+        if (first, skip_damaged) not in self._resident:
+            readers = self._all_readers(first)
+            self._resident[first, skip_damaged] = search.Resident(readers, self.settings.embedding_dim, skip)
+        found = self._resident[first, skip_damaged].nearest(vectors, count)
+        if near is None:
+            return found
+        return [search.merge([*graphed, *exact], count) for graphed, exact in zip(near, found, strict=True)]
+
+    def _loaded_graph(self) -> Graph | None:
+        if self._graph == "not tried":
+            from regrad_cli.bank import index
+
+            self._graph = index.load(self._folder, self.manifest)
+        return self._graph
+
+    def _hits(
+        self, vector: npt.NDArray[np.float32], candidates: Sequence[Candidate], k: int, skip_damaged: bool
+    ) -> list[Hit]:
+        """Candidates in the order of their float64 scores, read and proved until there are k."""
+        import numpy as np
+
+        from regrad_cli.bank.search import cosine
+
+        scored = []
+        for candidate in candidates:
+            reader = self._reader(candidate.ref.shard)
+            try:
+                embedding = reader.unproved_embeddings([candidate.ref.row])[0]
+            except DamagedFile as error:
+                if not skip_damaged:
+                    raise
+                self._skip(error)
+                continue
+            scored.append((-cosine(vector, embedding), candidate.ref))
+        hits: list[Hit] = []
+        for _, ref in sorted(scored):
+            if len(hits) == k:
+                break
+            try:
+                row = self.row(ref)
+            except DamagedFile as error:
+                if not skip_damaged:
+                    raise
+                self._skip(error)
+                continue
+            hits.append(Hit(ref, cosine(vector, np.frombuffer(row.embedding, "<f2")), row.passage))
+        return sorted(hits, key=lambda hit: (-hit.score, hit.passage.document, hit.passage.ordinal))
+
+    # ── the parts below ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _reader(self, position: int) -> ShardReader:
+        reader = self._readers.get(position)
+        if reader is None:
+            from regrad_cli.bank.shards import ShardReader
+
+            if not 0 <= position < len(self.manifest.shards):
+                raise IndexError(f"shard {position} of {len(self.manifest.shards)}")
+            reader = ShardReader(self._folder, self.manifest.shards[position], self.settings)
+            self._readers[position] = reader
+        return reader
+
+    def _all_readers(self, first: int) -> list[tuple[int, ShardReader]]:
+        return [(position, self._reader(position)) for position in range(first, len(self.manifest.shards))]
+
+    def _skip(self, error: DamagedFile) -> None:
+        if error.finding not in self.damaged:
+            self.damaged.append(error.finding)

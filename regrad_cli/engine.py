@@ -1,0 +1,245 @@
+"""What computes for a bank: the model, prior, codec and embedder that belong to its settings, checked and loaded late.
+
+Knows both halves, the learning one and (by its settings) the store's; reads and writes no bank itself.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from regrad_cli.errors import Mismatch
+from regrad_cli.fingerprints import Fingerprint, fingerprint, fingerprint_embedder
+from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
+from regrad_cli.records import BankSettings, Notice, Passage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from regrad_cli.embed import Embedder
+    from regrad_cli.learn.codec import Codec
+    from regrad_cli.learn.model import Model
+    from regrad_cli.learn.prior import Prior
+    from regrad_cli.learn.tokens import Tokenizer
+
+T = TypeVar("T")
+
+
+def narrated(work: Callable[[Callable[[str], None]], T], found: list[T]) -> Iterator[Notice]:
+    """Runs `work(report)` and yields what it reports as it happens; appends its result to `found`."""
+    heard: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work(heard.put))
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            heard.put(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while (message := heard.get()) is not None:
+        yield Notice(message)
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+class NewRows(NamedTuple):
+    """Rows for a bank: codes (n, C) uint8, scales (n, S) float16, embeddings (n, d) float16.
+
+    finite  [n]; False (and zeros in the arrays) where a loss, a gradient or an embedding is not finite
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    embeddings: np.ndarray
+    finite: list[bool]
+
+
+class Engine:
+    """Model, prior, codec and embedder of one bank; each is loaded when it is first used.
+
+    model_folder, embedder_folder   where they lie, already proved to be the bank's own
+    """
+
+    def __init__(
+        self, settings: BankSettings, prior: bytes, model: Path, embedder: Path, *, device: str, dtype: str
+    ) -> None:
+        self.settings = settings
+        self.model_folder = model
+        self.embedder_folder = embedder
+        self._prior_bytes = prior
+        self._device = device
+        self._dtype = dtype
+        quiet_libraries()
+
+    @cached_property
+    def model(self) -> Model:
+        from regrad_cli.learn.model import load_model
+
+        return load_model(self.model_folder, device=self._device, dtype=self._dtype)
+
+    @cached_property
+    def prior(self) -> Prior:
+        from regrad_cli.learn.prior import Prior
+
+        return Prior.from_bytes(self._prior_bytes, f"the bank's prior '{self.settings.prior_name}'")
+
+    @cached_property
+    def codec(self) -> Codec:
+        from regrad_cli.learn.codec import Codec
+
+        return Codec(self.settings.codec, self.settings.tensors)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from regrad_cli.learn.tokens import Tokenizer
+
+        return Tokenizer(self.model_folder)
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        from regrad_cli.embed import load_embedder
+        from regrad_cli.learn.model import choose_device
+
+        return load_embedder(self.embedder_folder, device=str(choose_device(self._device)))
+
+    @property
+    def description(self) -> str:
+        """Where it computes, for people: loads the model."""
+        return f"{self.model.device}, {str(self.model.dtype).removeprefix('torch.')}"
+
+    def rows(self, passages: Sequence[Passage]) -> Generator[int, None, NewRows]:
+        """The bank rows of passages, returned at the end; yields how many gradients are done, after every pass."""
+        import numpy as np
+
+        from regrad_cli.learn.gradients import passage_gradients
+
+        codes = np.zeros((len(passages), self.codec.code_bytes), np.uint8)
+        scales = np.zeros((len(passages), self.codec.scale_count), np.float16)
+        finite = [False] * len(passages)
+        done = 0
+        yield done
+        ids = [self.tokenizer.ids(passage.training_text) for passage in passages]
+        for part in passage_gradients(self.model, self.prior, ids):
+            code, scale = self.codec.encode(part.tensors)
+            for row, position in enumerate(part.positions):
+                if bool(part.finite[row]) and np.isfinite(scale[row]).all():
+                    codes[position], scales[position], finite[position] = code[row], scale[row], True
+            done += len(part.positions)
+            yield done
+        embeddings = self.embedder.encode([passage.embedding_text for passage in passages]).astype(np.float16)
+        for position, vector in enumerate(embeddings):
+            if not np.isfinite(vector).all():
+                finite[position], embeddings[position] = False, 0
+        return NewRows(codes, scales, embeddings, finite)
+
+
+def open_engine(
+    settings: BankSettings,
+    prior: bytes,
+    check: Callable[..., None],
+    *,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    found: list[Engine],
+) -> Iterator[Notice]:
+    """Finds the bank's model and embedder, fetching what is missing; proves by fingerprints that they are its own.
+
+    check   the snapshot's `check(model=…, tokenizer=…, embedder=…)`, which raises Mismatch
+    model   another place of the same model (a folder), for banks that come from elsewhere
+    found   receives the Engine
+    """
+    folders: list[tuple[ModelFolder, ModelFolder]] = []
+    yield from narrated(
+        lambda report: (
+            resolve_model(model or settings.model_name, report=report),
+            resolve_embedder(settings.embedder_name, report=report),
+        ),
+        folders,
+    )
+    language, embedder = folders[0]
+    own = fingerprint(language.path)
+    check(model=own.model, tokenizer=own.tokenizer, embedder=fingerprint_embedder(embedder.path))
+    found.append(Engine(settings, prior, language.path, embedder.path, device=device, dtype=dtype))
+
+
+def new_settings(
+    *,
+    model: ModelFolder,
+    embedder: ModelFolder,
+    prior_file: Path | None,
+    codec: str,
+    chunk_tokens: int,
+    chunk_overlap: int,
+    keep_text: bool,
+    seed: int,
+) -> tuple[BankSettings, bytes]:
+    """The settings of a new bank and its prior's bytes; without a prior file, a seeded start that has learned nothing.
+
+    raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior
+    """
+    from regrad_cli.embed import load_embedder
+    from regrad_cli.learn.codec import Codec, parse_codec
+    from regrad_cli.learn.prior import Prior
+
+    quiet_libraries()
+    codec_settings = parse_codec(codec)
+    identity = fingerprint(model.path)
+    if prior_file is not None:
+        prior = _read_prior(prior_file, model.name, identity)
+    else:
+        from regrad_cli.learn.model import load_model
+        from regrad_cli.learn.prior import seeded_prior
+        from regrad_cli.learn.steps import with_found_step_size
+
+        # In fp32 on the CPU whatever will compute later, so that one seed is one prior on every machine.
+        loaded = load_model(model.path, device="cpu", dtype="fp32")
+        prior = with_found_step_size(loaded, seeded_prior(loaded, identity.model, seed=seed))
+    data = prior.to_bytes()
+    layout = Codec(codec_settings, prior.shapes)
+    settings = BankSettings(
+        model=identity.model,
+        model_name=model.name,
+        tokenizer=identity.tokenizer,
+        prior=Prior.from_bytes(data).fingerprint,
+        prior_name=str(prior.card["name"]),
+        prior_trained=prior.trained,
+        tensors=prior.shapes,
+        codec=codec_settings,
+        code_bytes=layout.code_bytes,
+        scale_count=layout.scale_count,
+        embedder=fingerprint_embedder(embedder.path),
+        embedder_name=embedder.name,
+        embedding_dim=load_embedder(embedder.path, device="cpu").dimension,
+        chunk_tokens=chunk_tokens,
+        chunk_overlap=chunk_overlap,
+        keep_text=keep_text,
+    )
+    return settings, data
+
+
+def _read_prior(file: Path, model_name: str, identity: Fingerprint) -> Any:
+    from regrad_cli.errors import UsageProblem
+    from regrad_cli.learn.prior import Prior
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UsageProblem(f"the prior {file} cannot be read: {error.strerror}") from None
+    prior = Prior.from_bytes(data, str(file))
+    if prior.card.get("model") != identity.model:
+        raise Mismatch(
+            f"the prior {file} was trained for model {str(prior.card.get('model'))[:12]}…, "
+            f"and {model_name} is {identity.model[:12]}…",
+            "use the model that it was trained for, or train one with `regrad meta-train`",
+        )
+    return prior

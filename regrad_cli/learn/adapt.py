@@ -1,0 +1,82 @@
+"""Adaptation: what k gradients change in the prior, and the one context manager in which a model answers with it.
+
+Base weights are never written: the adapted tensors run beside them and are taken away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrad_cli.errors import PriorMismatch
+from regrad_cli.learn.model import Model, Projection
+from regrad_cli.learn.prior import Prior
+
+Tensors = dict[str, torch.Tensor]
+
+
+def combine(
+    gradients: Mapping[str, torch.Tensor], weights: Sequence[float], step_sizes: Mapping[str, float], gamma: float = 1.0
+) -> Tensors:
+    """Change of the prior for one question: −γ · αₜ · Σᵢ wᵢ gᵢₜ, for every tensor t.
+
+    gradients   {tensor name: (k, rows, cols) float32}, k ≥ 1
+    weights     k floats, non-negative
+    step_sizes  {tensor name: α}
+    returns     {tensor name: (rows, cols) float32}
+    raises      PriorMismatch if names differ or a tensor has another number of gradients
+    source      ReGrad, arXiv 2606.15734, section on adaptation at inference
+    """
+    if set(gradients) != set(step_sizes):
+        raise PriorMismatch("gradients and step sizes are of other tensors", "use the prior the bank was made with")
+    change = {}
+    for name, stack in gradients.items():
+        if stack.shape[0] != len(weights):
+            raise PriorMismatch(f"{name}: {stack.shape[0]} gradients for {len(weights)} weights")
+        column = torch.as_tensor(weights, dtype=stack.dtype, device=stack.device)
+        change[name] = torch.tensordot(column, stack, dims=1) * (-gamma * step_sizes[name])
+    return change
+
+
+@contextmanager
+def adapted(model: Model, prior: Prior, change: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+    """The model answers with θ + change inside, and is what it was outside: on success, any exception and Ctrl-C.
+
+    change  {tensor name: (rows, cols)}; None leaves θ as it is
+    raises  PriorMismatch where prior or change are not of this model
+    """
+    prior.check(model.projections)
+    tensors = prior.tensors
+    if change is not None:
+        if {name: tensor.shape for name, tensor in change.items()} != {n: t.shape for n, t in tensors.items()}:
+            raise PriorMismatch("the change is of other tensors than the prior", "use the prior the bank was made with")
+        tensors = {name: tensor + change[name].to(tensor) for name, tensor in tensors.items()}
+
+    def hook(projection: Projection) -> Any:
+        a = tensors[projection.name_a].to(model.device, model.dtype).T  # (inputs, r)
+        b = (prior.scale * tensors[projection.name_b]).to(model.device, model.dtype).T  # (r, outputs)
+        return partial(branch, a, b)
+
+    def branch(a: torch.Tensor, b: torch.Tensor, _module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
+        return output + (inputs[0] @ a) @ b
+
+    with hooked(model, hook):
+        yield
+
+
+@contextmanager
+def hooked(model: Model, hook_for: Callable[[Any], Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on every adapted projection, taken off however the block is left."""
+    handles: list[Any] = []
+    try:
+        for projection in model.projections:
+            handles.append(projection.module.register_forward_hook(hook_for(projection)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

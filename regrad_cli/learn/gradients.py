@@ -1,0 +1,209 @@
+"""Per-passage gradients of the prior: many passages in one pass, no graph below the first adapted projection.
+
+Knows models and priors; knows no bank and no codec. Shapes: N passages of L tokens, hidden size H, vocabulary V.
+
+A passage's gradient never depends on its company: every pass has one of a few fixed shapes (`SHAPES`: rows × length),
+short batches are filled with empty rows, and each row's result is the same bits whatever stands in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from regrad_cli.errors import UsageProblem
+from regrad_cli.learn.adapt import Tensors, hooked
+from regrad_cli.learn.model import Model
+from regrad_cli.learn.prior import Prior
+
+IGNORED = -100
+LENGTH_STEP = 32
+# Tokens in one pass. On a CPU, activations that stay in its caches beat larger matrix products.
+TOKEN_BUDGET = {"cpu": 384, "cuda": 16384, "mps": 4096}
+LOSS_CHUNK = 256  # tokens whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class PassageGradients:
+    """What one pass yields.
+
+    positions   (n,) places of these passages in the caller's sequence
+    tensors     {name: (n, rows, cols) float32}
+    losses      (n,) float32, mean next-token cross-entropy of each passage
+    finite      (n,) bool; False where the loss or any gradient value is not finite
+    """
+
+    positions: tuple[int, ...]
+    tensors: Tensors
+    losses: torch.Tensor
+    finite: torch.Tensor
+
+
+def bucket_length(tokens: int) -> int:
+    """The padded length of a passage: a multiple of 32, so that only a few shapes exist."""
+    return -(-max(tokens, 2) // LENGTH_STEP) * LENGTH_STEP
+
+
+def bucket_rows(length: int, device_type: str) -> int:
+    """Passages in one pass of this padded length."""
+    return max(1, TOKEN_BUDGET.get(device_type, TOKEN_BUDGET["cpu"]) // length)
+
+
+def passage_gradients(model: Model, prior: Prior, passages: Sequence[Sequence[int]]) -> Iterator[PassageGradients]:
+    """The gradient of the document loss at θ, for every passage by itself.
+
+    passages    token ids; at least two each, at most the model's positions
+    yields      one PassageGradients a pass, shortest passages first; together they cover every position once
+    raises      UsageProblem for a passage with fewer than two tokens (its mean over no tokens is not a number)
+    """
+    prior.check(model.projections)
+    limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    buckets: dict[int, list[int]] = {}
+    for position, ids in enumerate(passages):
+        if len(ids) < 2:
+            raise UsageProblem("a passage of fewer than two tokens has no next-token loss")
+        if limit is not None and len(ids) > limit:
+            raise UsageProblem(f"a passage of {len(ids)} tokens is longer than the model's {limit} positions")
+        buckets.setdefault(min(bucket_length(len(ids)), limit or len(ids) + LENGTH_STEP), []).append(position)
+    loss_of = _loss_function(model)
+    placed = {name: tensor.to(model.device, model.dtype) for name, tensor in prior.tensors.items()}
+    for length in sorted(buckets):
+        rows = bucket_rows(length, model.device.type)
+        for start in range(0, len(buckets[length]), rows):
+            positions = tuple(buckets[length][start : start + rows])
+            yield _one_pass(model, placed, prior.scale, loss_of, passages, positions, (rows, length))
+
+
+def _one_pass(
+    model: Model,
+    placed: Tensors,
+    scale: float,
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    passages: Sequence[Sequence[int]],
+    positions: tuple[int, ...],
+    shape: tuple[int, int],
+) -> PassageGradients:
+    ids = torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    for row, position in enumerate(positions):
+        passage = torch.tensor(passages[position], dtype=torch.long)
+        ids[row, : len(passage)] = passage
+        labels[row, : len(passage) - 1] = passage[1:]
+    ids, labels = ids.to(model.device), labels.to(model.device)
+
+    found: Tensors = {}
+    anchor = torch.zeros((), requires_grad=True)  # the only leaf: the graph starts at the first adapted projection
+
+    def tap(name_a: str, name_b: str, _module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
+        branch = _Tap.apply(inputs[0], anchor, placed[name_a], placed[name_b], scale, found, name_a, name_b)
+        return output + branch
+
+    with hooked(model, lambda p: partial(tap, p.name_a, p.name_b)), torch.enable_grad():
+        losses = loss_of(ids, labels)  # (N,)
+        losses.sum().backward()
+
+    count = len(positions)
+    tensors = {name: found[name][:count].float() for name in placed}
+    finite = torch.isfinite(losses[:count])
+    for tensor in tensors.values():
+        finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
+    return PassageGradients(positions, tensors, losses[:count].detach(), finite)
+
+
+class _Tap(torch.autograd.Function):
+    """scale · (x Aᵀ) Bᵀ, whose backward keeps each row's ∇A and ∇B instead of their sum over rows.
+
+    x (N, L, inputs), A (r, inputs), B (outputs, r); found[name] receives (N, r, inputs) and (N, outputs, r).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        _anchor: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        found: Tensors,
+        name_a: str,
+        name_b: str,
+    ) -> torch.Tensor:
+        low = x @ a.T  # (N, L, r)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.scale, ctx.found, ctx.names = scale, found, (name_a, name_b)
+        return scale * (low @ b.T)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        delta = deltas[0]
+        back = ctx.scale * (delta @ b)  # (N, L, r)
+        name_a, name_b = ctx.names
+        ctx.found[name_a] = back.transpose(1, 2) @ x
+        ctx.found[name_b] = ctx.scale * (delta.transpose(1, 2) @ low)
+        return (back @ a if ctx.needs_input_grad[0] else None), None, None, None, None, None, None, None
+
+
+def _loss_function(model: Model) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(ids (N, L), labels (N, L)) → losses (N,), through the leanest path that computes this model's own logits.
+
+    Some architectures scale or cap their logits after the output matrix. A short probe tells whether this one does;
+    if so, its own forward makes the logits.
+    """
+    network = model.network
+    body, head = network.base_model, network.get_output_embeddings()
+    plain = isinstance(head, nn.Linear) and head.bias is None and body is not network
+    if plain:
+        probe = torch.arange(4, device=model.device)[None] % network.config.get_text_config().vocab_size
+        with torch.no_grad():
+            ours = head(body(input_ids=probe, use_cache=False).last_hidden_state)
+            plain = torch.equal(ours, network(input_ids=probe, use_cache=False).logits)
+
+    def lean(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, H)
+        return _HeadLoss.apply(hidden, head.weight, labels)
+
+    def full(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = network(input_ids=ids, use_cache=False).logits.float()  # (N, L, V)
+        each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        return each.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
+
+    return lean if plain else full
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of each row from hidden states, without ever holding all logits.
+
+    hidden (N, L, H), weight (V, H), labels (N, L) → (N,) float32. Only `hidden` gets a gradient, computed on the way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        counts = (labels != IGNORED).sum(dim=1).clamp(min=1)
+        share = (1.0 / counts).repeat_interleave(labels.shape[1]) * (targets != IGNORED)  # (N·L,)
+        each = torch.empty(flat.shape[0], dtype=torch.float32, device=flat.device)
+        gradient = torch.empty_like(flat)
+        for start in range(0, flat.shape[0], LOSS_CHUNK):
+            part = slice(start, start + LOSS_CHUNK)
+            logits = (flat[part] @ weight.T).float()  # (chunk, V)
+            wanted = targets[part].clamp(min=0)[:, None]
+            log_total = logits.logsumexp(dim=1)
+            each[part] = log_total - logits.gather(1, wanted)[:, 0]
+            logits.sub_(log_total[:, None]).exp_()  # softmax, in place
+            logits.scatter_add_(1, wanted, torch.full_like(wanted, -1.0, dtype=logits.dtype))
+            logits.mul_(share[part, None])
+            gradient[part] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient.view_as(hidden))
+        return (each * share).view_as(labels).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * deltas[0][:, None, None].to(gradient), None, None

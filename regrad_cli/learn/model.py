@@ -1,0 +1,190 @@
+"""A causal language model as regrad sees it: its weights, tokenizer and the projections a prior adapts.
+
+Knows Hugging Face models by their structure, never by a table of names. Knows nothing of priors, gradients or banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrad_cli.errors import Mismatch, ModelUnavailable, UsageProblem
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map of an upper layer's MLP: y (…, outputs) = x (…, inputs) · W.
+
+    path    the module's path in the model; `lora_A` (rank, inputs) and `lora_B` (outputs, rank) are named after it
+    """
+
+    path: str
+    module: nn.Module
+    inputs: int
+    outputs: int
+
+    @property
+    def name_a(self) -> str:
+        return f"{self.path}.lora_A"
+
+    @property
+    def name_b(self) -> str:
+        return f"{self.path}.lora_B"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded, frozen causal language model with its tokenizer.
+
+    projections     the MLP projections of the upper half of the layers, in the model's order
+    """
+
+    network: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    projections: tuple[Projection, ...]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        ends = self.network.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        if ends is None:
+            return []
+        return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+    def token_ids(self, text: str) -> list[int]:
+        """The text's tokens, without any that a chat template or a tokenizer would put around it."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a device that is really there.
+
+    raises  ModelUnavailable where it is not: never silently the CPU
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageProblem(f"'{name}' is no device", "use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ModelUnavailable(
+                "there is no CUDA device that this PyTorch can use",
+                "leave --device out, or use --device cpu; `regrad doctor` shows what PyTorch sees",
+            )
+        device = torch.device("cuda", device.index or 0)
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ModelUnavailable(f"there is no {device}: PyTorch sees {torch.cuda.device_count()} CUDA device(s)")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ModelUnavailable("there is no MPS device that this PyTorch can use", "use --device cpu")
+    elif device.type != "cpu":
+        raise UsageProblem(f"'{name}' is no device that regrad knows", "use auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`, `fp32`, `bf16` or `fp16`; `auto` is bf16 where the device multiplies bf16 in hardware, else fp32."""
+    if name != "auto":
+        if name not in DTYPES:
+            raise UsageProblem(f"'{name}' is no dtype", f"use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AMX or AVX512-BF16); where it is emulated, fp32 is faster."""
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Model:
+    """Load a transformers folder, frozen, for inference and for gradients of a prior.
+
+    raises  ModelUnavailable where the folder holds no causal language model that transformers can load
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    chosen = choose_device(device)
+    kind = choose_dtype(dtype, chosen)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelUnavailable(
+            f"'{folder}' cannot be loaded as a causal language model: {reason}",
+            "it needs config.json, a tokenizer and weights in safetensors, of an architecture transformers knows",
+        ) from error
+    network.eval().requires_grad_(False)
+    network.to(chosen)  # type: ignore[arg-type]
+    return Model(network, tokenizer, chosen, kind, find_projections(network))
+
+
+def find_projections(network: nn.Module) -> tuple[Projection, ...]:
+    """The MLP projections of the upper half of the decoder's layers, in order of execution.
+
+    A layer's MLP is each of its children that holds linear maps and is not an attention (the modules that keep a
+    place in the key-value cache, `layer_idx`).
+    raises  Mismatch where the model has no such structure
+    """
+    path, layers = _decoder_layers(network)
+    projections = []
+    for index in range(len(layers) // 2, len(layers)):
+        for child_name, child in layers[index].named_children():
+            if hasattr(child, "layer_idx"):
+                continue
+            for name, module in child.named_modules():
+                sizes = _linear_sizes(module)
+                if sizes:
+                    full = ".".join(part for part in (path, str(index), child_name, name) if part)
+                    projections.append(Projection(full, module, *sizes))
+    if not projections:
+        raise Mismatch(
+            f"no MLP projections were found in the upper layers of this {type(network).__name__}",
+            "regrad adapts models whose MLP projections are linear modules (Llama, Qwen, Gemma, GPT-2 and their kin)",
+        )
+    return tuple(projections)
+
+
+def first_adapted_layer(network: nn.Module) -> int:
+    """The index of the lowest layer that a prior adapts; nothing below it ever changes."""
+    return len(_decoder_layers(network)[1]) // 2
+
+
+def _decoder_layers(network: nn.Module) -> tuple[str, Sequence[nn.Module]]:
+    config = getattr(network, "config", None)
+    config = config.get_text_config() if config is not None else None
+    count = getattr(config, "num_hidden_layers", None)
+    for path, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return path, list(module)
+    raise Mismatch(f"this {type(network).__name__} has no list of decoder layers", "use a decoder-only language model")
+
+
+def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear map, or None. GPT-2's Conv1D keeps its weight the other way round."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        inputs, outputs = module.get_parameter("weight").shape
+        return inputs, outputs
+    return None

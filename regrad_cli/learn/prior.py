@@ -1,0 +1,127 @@
+"""The prior θ: LoRA tensors for the adapted projections, and a step size α for each. Knows tensors, not files.
+
+A prior travels as the bytes of one safetensors file: the tensors by name, `log_step_sizes`, and a card in its metadata.
+Source: ReGrad, arXiv 2606.15734.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from regrad_cli.errors import Damaged, PriorMismatch
+from regrad_cli.learn.model import Model, Projection
+from regrad_cli.records import TensorShape, canonical_json, sha256_hex
+
+FORMAT = "regrad prior 1"
+LOG_STEP_SIZES = "log_step_sizes"
+UNTRAINED_CARD = {"name": "untrained", "trained": False, "k": 3, "weights": "mean", "gamma": 1.0}
+
+
+@dataclass(frozen=True)
+class Prior:
+    """θ and α.
+
+    tensors         {name: (rows, cols) float32}, `lora_A` (rank, inputs) and `lora_B` (outputs, rank) of each
+                    projection, in the model's order
+    log_step_sizes  {name: log α}, one for every tensor
+    card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`)
+    """
+
+    tensors: dict[str, torch.Tensor]
+    log_step_sizes: dict[str, float]
+    card: dict[str, Any]
+
+    @property
+    def step_sizes(self) -> dict[str, float]:
+        """{name: α}"""
+        return {name: math.exp(log) for name, log in self.log_step_sizes.items()}
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / rank; lora_alpha is twice the rank."""
+        return 2.0
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.card["trained"])
+
+    @property
+    def shapes(self) -> tuple[TensorShape, ...]:
+        return tuple(TensorShape(name, *tensor.shape) for name, tensor in self.tensors.items())
+
+    def check(self, projections: Sequence[Projection]) -> None:
+        """raises PriorMismatch unless this prior is of exactly these projections."""
+        own = [(shape.name, shape.rows, shape.cols) for shape in self.shapes]
+        rank = next(iter(self.tensors.values())).shape[0]
+        wanted = []
+        for projection in projections:
+            wanted.append((projection.name_a, rank, projection.inputs))
+            wanted.append((projection.name_b, projection.outputs, rank))
+        if own != wanted:
+            difference = next((pair for pair in zip(own, wanted, strict=False) if pair[0] != pair[1]), None)
+            detail = f"first at {difference[0][0]}" if difference else f"{len(own)} tensors against {len(wanted)}"
+            raise PriorMismatch(
+                f"the prior '{self.card['name']}' is of another model: its tensors differ, {detail}",
+                "use the model that the prior was trained for, or a prior of this model",
+            )
+
+    def to_bytes(self) -> bytes:
+        """The prior as a safetensors file; same prior, same bytes (one metadata key: their order is not kept)."""
+        logs = torch.tensor([self.log_step_sizes[name] for name in self.tensors], dtype=torch.float64)
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.tensors.items()}
+        card = {"format": FORMAT, "order": list(self.tensors), **self.card}
+        return save(tensors | {LOG_STEP_SIZES: logs}, metadata={"card": canonical_json(card)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "the prior") -> Prior:
+        """raises Damaged where the bytes are no prior."""
+        try:
+            length = int.from_bytes(data[:8], "little")
+            card = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["card"])
+            order = card.pop("order")
+            if card.pop("format") != FORMAT:
+                raise ValueError("another format")
+            tensors = load(data)
+            logs = dict(zip(order, tensors.pop(LOG_STEP_SIZES).tolist(), strict=True))
+            prior = cls({name: tensors[name] for name in order}, logs, card)
+            missing = [key for key in UNTRAINED_CARD if key not in card]
+            if missing or len(order) != len(tensors) or not order:
+                raise ValueError("its card is incomplete")
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            message = f"{name} is not a prior that this version reads: {error}"
+            raise Damaged(message, "take it from its source again") from error
+        values = [*prior.tensors.values(), torch.tensor(list(logs.values()))]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
+            raise Damaged(f"{name} holds values that are not finite", "take it from its source again")
+        return prior
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256_hex(self.to_bytes())
+
+    def weights_for(self, count: int) -> list[float]:
+        """The weight of each of `count` retrieved gradients, by the rule of this prior's training: "sum" or "mean"."""
+        return [1.0 if self.card["weights"] == "sum" else 1.0 / count] * count
+
+
+def seeded_prior(
+    model: Model, model_fingerprint: str, *, rank: int = 8, seed: int = 0, step_size: float = 1.0
+) -> Prior:
+    """A LoRA start that nothing has been learned into: A uniform as PEFT draws it, B zero; ∇A is exactly 0 there."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for projection in model.projections:
+        bound = 1.0 / math.sqrt(projection.inputs)
+        a = torch.rand((rank, projection.inputs), generator=generator, dtype=torch.float32)
+        tensors[projection.name_a] = (a * 2 - 1) * bound  # kaiming uniform with a = √5
+        tensors[projection.name_b] = torch.zeros((projection.outputs, rank))
+    card = UNTRAINED_CARD | {"model": model_fingerprint, "rank": rank, "seed": seed}
+    return Prior(tensors, dict.fromkeys(tensors, math.log(step_size)), card)

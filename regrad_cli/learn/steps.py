@@ -1,0 +1,62 @@
+"""The step size of a prior that nothing has been learned into: a short search on fixed texts that ship with regrad.
+
+Never on the user's texts: rows of a bank would depend on them. Knows models and priors only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.resources import files
+from math import log
+
+import torch
+
+from regrad_cli.learn.adapt import adapted, combine
+from regrad_cli.learn.gradients import passage_gradients
+from regrad_cli.learn.model import Model
+from regrad_cli.learn.prior import Prior
+
+MIN_POWER, START_POWER, MAX_POWER = -6, 4, 12
+
+
+def fixed_texts() -> list[str]:
+    """The texts of the search, one a paragraph; changing one changes every untrained prior."""
+    text = (files("regrad_cli") / "data" / "step_texts.txt").read_text(encoding="utf-8")
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
+def with_found_step_size(model: Model, prior: Prior) -> Prior:
+    """The prior with one α for all tensors: the power of two whose step lowers the texts' own loss the most.
+
+    A measure of how far a step may go before it overshoots, not of how much an answer gains: that is learned.
+    """
+    passages = [model.token_ids(text) for text in fixed_texts()]
+    found = {}
+    for done in passage_gradients(model, prior, passages):
+        for row, position in enumerate(done.positions):
+            found[position] = {name: tensor[row : row + 1] for name, tensor in done.tensors.items()}
+    totals: dict[int, float] = {}
+
+    def total(power: int) -> float:
+        if power not in totals:
+            totals[power] = 0.0
+            for position, ids in enumerate(passages):
+                change = combine(found[position], [1.0], dict.fromkeys(prior.tensors, 2.0**power))
+                with adapted(model, prior, change):
+                    totals[power] += _loss(model, ids)
+        return totals[power]
+
+    # The loss falls and then rises along the step: walk downhill from a step that is usually near.
+    best = START_POWER
+    direction = 1 if total(best + 1) < total(best) else -1
+    while MIN_POWER <= best + direction <= MAX_POWER and total(best + direction) < total(best):
+        best += direction
+    return replace(prior, log_step_sizes=dict.fromkeys(prior.tensors, log(2.0**best)))
+
+
+def _loss(model: Model, ids: list[int]) -> float:
+    batch = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        logits = model.network(input_ids=batch, use_cache=False).logits[0, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits, batch[0, 1:]).item()
+    return loss if loss == loss else float("inf")

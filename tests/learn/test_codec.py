@@ -1,0 +1,128 @@
+"""The codec: what is kept of a gradient, how many bytes it takes, and that rows know nothing of each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regrad_cli.errors import UsageProblem
+from regrad_cli.learn.codec import Codec, parse_codec
+from regrad_cli.records import CodecSettings, TensorShape
+
+SHAPES = (TensorShape("a", 8, 576), TensorShape("b", 1536, 8), TensorShape("c", 4, 50), TensorShape("d", 50, 4))
+STARTER = tuple(
+    TensorShape(f"{layer}.{name}.{side}", *shape)
+    for layer in range(15)
+    for name, inputs, outputs in (("gate", 576, 1536), ("up", 576, 1536), ("down", 1536, 576))
+    for side, shape in (("A", (8, inputs)), ("B", (outputs, 8)))
+)
+
+
+def gradients(count: int, scale: float = 1e-3, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {s.name: torch.randn((count, s.rows, s.cols), generator=generator) * scale for s in SHAPES}
+
+
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    first, second = (tensor.double().flatten() for tensor in (one, other))
+    return float(first / first.norm() @ (second / second.norm()))  # torch's own has an eps that small norms feel
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[shape.name].flatten() for shape in SHAPES])
+
+
+def through(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    codec = Codec(parse_codec(name), SHAPES)
+    return codec.decode(*codec.encode(tensors))
+
+
+@pytest.mark.parametrize(("name", "least"), [("int8", 0.9999), ("int4", 0.985), ("r8-int8", 0.999), ("r8-int4", 0.98)])
+def test_codecs_that_keep_the_rank_keep_the_direction(name: str, least: float) -> None:
+    tensors = gradients(3)
+    assert cosine(flat(tensors), flat(through(name, tensors))) > least
+
+
+def test_what_is_of_rank_one_comes_back_from_rank_one() -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        s.name: torch.randn((2, s.rows, 1), generator=generator) @ torch.randn((2, 1, s.cols), generator=generator)
+        for s in SHAPES
+    }
+    assert cosine(flat(tensors), flat(through("r1-int8", tensors))) > 0.9999
+    assert cosine(flat(tensors), flat(through("r1-int4", tensors))) > 0.985
+
+
+def test_rank_one_is_the_best_rank_one() -> None:
+    tensors = gradients(1, seed=3)
+    codec = Codec(parse_codec("r1-int8"), SHAPES)
+    decoded = codec.decode(*codec.encode(tensors))
+    for name, tensor in tensors.items():
+        u, s, v = torch.linalg.svd(tensor[0].double(), full_matrices=False)
+        best = (tensor[0].double() - s[0] * torch.outer(u[:, 0], v[0])).norm()
+        assert (tensor[0].double() - decoded[name][0].double()).norm() < best * 1.001
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["r1-int4", "r2-int4", "int4", "int8"]),
+    st.floats(-36, 30),
+    st.lists(st.integers(0, 3), max_size=4),
+)
+def test_any_magnitude_comes_back_and_zeros_stay_zeros(name: str, power: float, zeroed: list[int]) -> None:
+    tensors = gradients(2, scale=10.0**power)
+    for place in zeroed:
+        tensors[SHAPES[place].name][0] = 0
+    decoded = through(name, tensors)
+    for shape in SHAPES:
+        for row in range(2):
+            expected, got = tensors[shape.name][row], decoded[shape.name][row]
+            assert torch.isfinite(got).all()
+            if not expected.any():
+                assert not got.any()
+            else:
+                assert cosine(expected, got) > 0.3
+                assert 0.25 < float(got.double().norm() / expected.double().norm()) < 1.1
+
+
+def test_a_row_is_the_same_bits_alone_and_in_company() -> None:
+    tensors = gradients(5)
+    for name in ("r1-int4", "r3-int8", "int4", "int8"):
+        codec = Codec(parse_codec(name), SHAPES)
+        codes, scales = codec.encode(tensors)
+        assert codes.shape == (5, codec.code_bytes) and codes.dtype == np.uint8
+        assert scales.shape == (5, codec.scale_count) and scales.dtype == np.float16
+        for row in range(5):
+            alone = codec.encode({key: tensor[row : row + 1] for key, tensor in tensors.items()})
+            assert np.array_equal(alone[0][0], codes[row]) and np.array_equal(alone[1][0], scales[row])
+
+
+def test_decoding_does_not_write_to_what_it_reads() -> None:
+    codec = Codec(parse_codec("r1-int4"), SHAPES)
+    codes, scales = codec.encode(gradients(1))
+    codes.setflags(write=False)
+    scales.setflags(write=False)
+    codec.decode(codes, scales)
+
+
+def test_the_default_codec_is_fifty_times_smaller_than_fp32_tensors_for_the_starter() -> None:
+    codec = Codec(CodecSettings(), STARTER)
+    saved = 4 * sum(shape.rows * shape.cols for shape in STARTER)
+    embedding, key, checksum, text = 2 * 384, 32, 32, 2 * 1024
+    assert saved == 3_041_280
+    assert codec.code_bytes + 2 * codec.scale_count + embedding + key + checksum + text < saved / 50
+
+
+@pytest.mark.parametrize("name", ["r1-int4", "r16-int8", "int4", "int8"])
+def test_a_codec_is_named_as_it_prints(name: str) -> None:
+    assert str(parse_codec(name)) == name
+
+
+@pytest.mark.parametrize("name", ["", "r0-int4", "int2", "r1", "fp32", "r1-int4 "])
+def test_a_name_that_is_no_codec_is_refused_with_the_names_that_are(name: str) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        parse_codec(name)
+    assert "int4" in caught.value.hint
