@@ -104,7 +104,7 @@ class Snapshot:
             },
             "bytes_per_passage": round((shards + text) / counts.passages, 1) if counts.passages else None,
             "model": settings.model_name,
-            "prior": settings.prior_name if settings.prior_trained else f"{settings.prior_name} (untrained)",
+            "prior": settings.prior_name,
             "prior_trained": settings.prior_trained,
             "codec": str(settings.codec),
             "embedder": settings.embedder_name,

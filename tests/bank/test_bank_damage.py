@@ -158,6 +158,20 @@ def test_promise_03_a_flipped_bit_in_a_header_is_noticed_by_every_read(whole: Pa
         data[position] ^= 1 << (position % 8)
 
 
+def test_promise_03_a_header_that_says_the_same_in_other_bytes_is_damaged(whole: Path, tmp_path: Path) -> None:
+    bank = copy_of(whole, tmp_path / "b")
+    with open_bank(bank) as snapshot:
+        name = snapshot.manifest.shards[0].name
+    data = (bank / name).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    body = json.loads(data[8 : 8 + length])
+    other = json.dumps(dict(reversed(body.items())), separators=(",", ":")).encode().ljust(length)
+    assert len(other) == length and json.loads(other) == body
+    (bank / name).write_bytes(data[:8] + other + data[8 + length :])
+    with open_bank(bank) as snapshot, pytest.raises(DamagedFile, match="damaged header"):
+        snapshot.row(RowRef(0, 0))
+
+
 def test_promise_04_any_truncation_is_an_error_and_no_crash(whole: Path, tmp_path: Path) -> None:
     right = content(whole)
     bank = copy_of(whole, tmp_path / "b")
@@ -225,16 +239,16 @@ def test_damaged_rows_do_not_push_good_ones_out(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_left_out_leaves_no_trace_in_a_warm_session(tmp_path: Path) -> None:
     """Also where what is left is less similar than nothing at all."""
-    bank = make_bank(tmp_path / "b", [("bad.md", 3)], [("good.md", 3)])
+    bank = make_bank(tmp_path / "b", [("good.md", 3)], [("bad.md", 3)])
     vector = -rows("good.md", 3)[4][:1].astype(np.float32)
     with open_bank(bank) as snapshot:
-        (bank / snapshot.manifest.shards[0].name).unlink()
+        (bank / snapshot.manifest.shards[1].name).unlink()
     for warm in (False, True):
         with open_bank(bank) as snapshot:
             hits = snapshot.search(vector, 5, warm=warm, skip_damaged=True)[0]
             assert [hit.passage.source for hit in hits] == ["good.md"] * 3
             assert min(hit.score for hit in hits) < -0.9
-            assert [finding.file for finding in snapshot.damaged] == [snapshot.manifest.shards[0].name]
+            assert [finding.file for finding in snapshot.damaged] == [snapshot.manifest.shards[1].name]
 
 
 def test_a_damaged_hit_names_its_document_and_source(whole: Path, tmp_path: Path) -> None:

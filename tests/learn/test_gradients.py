@@ -172,3 +172,26 @@ def test_on_the_starter_a_gradient_is_the_same_bits_in_any_company_and_place(sta
             company = [*others[:place], mine, *others[place : rows - 1]]
             together = all_gradients(model, filled, company)[place]
             assert all(torch.equal(alone[name], together[name]) for name in alone), (length, place)
+
+
+def test_a_gradient_is_the_same_bits_however_many_workers_there_are(model: Model, prior: Prior) -> None:
+    passages = random_passages(model, (50, 64, 33, 60, 20, 20, 47, 64, 64, 64, 64, 64, 64, 64))
+    found = []
+    for workers in (1, 2, 5):
+        parts = passage_gradients(model, prior, passages, workers=workers)
+        found.append({place: (part, row) for part in parts for row, place in enumerate(part.positions)})
+    for place in range(len(passages)):
+        first, row = found[0][place]
+        for other in found[1:]:
+            part, other_row = other[place]
+            assert all(torch.equal(first.tensors[n][row], part.tensors[n][other_row]) for n in prior.tensors), place
+
+
+def test_gradients_left_in_the_middle_leave_nothing_behind(model: Model, prior: Prior) -> None:
+    threads = torch.get_num_threads()
+    parts = passage_gradients(model, prior, random_passages(model, (20, 60, 100, 200, 300)))
+    next(parts)
+    parts.close()
+    assert not any(projection.module._forward_hooks for projection in model.projections)
+    assert model.network.config._attn_implementation == "sdpa"
+    assert torch.get_num_threads() == threads
