@@ -213,19 +213,9 @@ class _Tap(torch.autograd.Function):
 
 
 def _loss_function(model: Model) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(ids (N, L), labels (N, L)) → losses (N,), through the leanest path that computes this model's own logits.
-
-    Some architectures scale or cap their logits after the output matrix. A short probe tells whether this one does;
-    if so, its own forward makes the logits.
-    """
+    """(ids (N, L), labels (N, L)) → losses (N,), through the leanest path that computes this model's own logits."""
     network = model.network
     body, head = network.base_model, network.get_output_embeddings()
-    plain = isinstance(head, nn.Linear) and head.bias is None and body is not network
-    if plain:
-        probe = torch.arange(4, device=model.device)[None] % network.config.get_text_config().vocab_size
-        with torch.no_grad():
-            ours = head(body(input_ids=probe, use_cache=False).last_hidden_state)
-            plain = torch.equal(ours, network(input_ids=probe, use_cache=False).logits)
 
     def lean(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden = body(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, H)
@@ -236,7 +226,7 @@ def _loss_function(model: Model) -> Callable[[torch.Tensor, torch.Tensor], torch
         each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return each.sum(dim=1) / (labels != IGNORED).sum(dim=1).clamp(min=1)
 
-    return lean if plain else full
+    return lean if model.has_plain_head else full
 
 
 class _HeadLoss(torch.autograd.Function):

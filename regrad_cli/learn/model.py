@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,20 @@ class Model:
         if ends is None:
             return []
         return list(ends) if isinstance(ends, list | tuple) else [ends]
+
+    @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether logits are the last hidden states times the output matrix and nothing else.
+
+        Some architectures scale or cap them, or add a bias; a short probe tells.
+        """
+        body, head = self.network.base_model, self.network.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None or body is self.network:
+            return False
+        probe = torch.arange(4, device=self.device)[None] % self.network.config.get_text_config().vocab_size
+        with torch.no_grad():
+            ours = head(body(input_ids=probe, use_cache=False).last_hidden_state)
+            return torch.equal(ours, self.network(input_ids=probe, use_cache=False).logits)
 
     def token_ids(self, text: str) -> list[int]:
         """The text's tokens, without any that a chat template or a tokenizer would put around it."""

@@ -195,3 +195,9 @@ def test_gradients_left_in_the_middle_leave_nothing_behind(model: Model, prior: 
     assert not any(projection.module._forward_hooks for projection in model.projections)
     assert model.network.config._attn_implementation == "sdpa"
     assert torch.get_num_threads() == threads
+
+
+def test_only_logits_that_are_a_plain_product_take_the_lean_path(family: Callable[[str], Model]) -> None:
+    assert {name: family(name).has_plain_head for name in FAMILIES} == {
+        "llama": True, "qwen2": True, "gemma": True, "gemma2": False, "gpt2": True
+    }  # fmt: skip
