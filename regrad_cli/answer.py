@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 
 MODES = ("regrad", "both", "rag", "direct")
 GRADIENT_MODES = frozenset({"regrad", "both"})
+PASSAGES_FOUND = 3  # by `query`, where no number is given
 PROMPT_MODES = frozenset({"rag", "both"})
 
 
 @dataclass(frozen=True, slots=True)
 class AskOptions:
-    """How one question is answered. `gamma` multiplies the prior's own step; `min_score` leaves out what fits less."""
+    """How one question is answered. k: None for as many passages as the prior was made for; gamma: multiplies the
+    prior's own step; min_score: leaves out what fits less.
+    """
 
     mode: str = "regrad"
-    k: int = 3
+    k: int | None = None
     gamma: float = 1.0
     min_score: float | None = None
     max_tokens: int = 128
@@ -52,6 +55,7 @@ class _Opened:
         self.skip_damaged = skip_damaged
         self.snapshot: Snapshot
         self.engine: Engine | None = None
+        self.left_out: tuple[str, ...] = ()  # what the last retrieval did without because it is damaged
 
     def open(self) -> None:
         self.snapshot = self._stack.enter_context(open_bank(self._bank, self._number))
@@ -71,8 +75,15 @@ class _Opened:
 
     def retrieve(self, question: str, k: int, min_score: float | None, *, warm: bool) -> list[Hit]:
         assert self.engine is not None, "prepare() comes first"
-        vector = self.engine.embedder.encode_query(question)
+        vector = self.engine.question_embedder.encode_query(question)
+        # Damaged rows are met anew by each question; a whole shard is missed once and then missing for the session.
+        damaged = self.snapshot.damaged
+        damaged[:] = [finding for finding in damaged if not finding.what.startswith("row ")]
         hits = self.snapshot.search(vector[None], k, warm=warm, skip_damaged=self.skip_damaged)[0]
+        self.left_out = tuple(
+            f"{finding.file}: {finding.what}" + "".join(f", document {name}" for name in finding.documents)
+            for finding in damaged
+        )
         return [hit for hit in hits if min_score is None or hit.score >= min_score]
 
 
@@ -94,21 +105,21 @@ class Finder:
     ) -> None:
         self._opened.close()
 
-    def query(self, question: str, *, k: int = 3, min_score: float | None = None) -> list[Hit]:
+    def query(self, question: str, *, k: int | None = None, min_score: float | None = None) -> list[Hit]:
         """The passages nearest to the question, best first.
 
         raises  Damaged where what it needs is damaged, Mismatch for another embedder
         """
         list(self._opened.prepare())
         self._asked += 1
-        return self._opened.retrieve(question, k, min_score, warm=self._asked > 1)
+        return self._opened.retrieve(question, k or PASSAGES_FOUND, min_score, warm=self._asked > 1)
 
 
 def query(
     bank: Path,
     question: str,
     *,
-    k: int = 3,
+    k: int | None = None,
     min_score: float | None = None,
     snapshot: int | None = None,
     device: str = "auto",
@@ -151,6 +162,7 @@ class Answerer:
             )
         self._alone: Model | None = None
         self._asked = 0
+        self._changes = ExitStack()  # of the answer that is being generated
 
     def __enter__(self) -> Answerer:
         if self._opened is None:
@@ -167,11 +179,13 @@ class Answerer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._end_answer(ExitStack())
         if self._opened is not None:
             self._opened.close()
 
     def ask(self, question: str, options: AskOptions) -> Iterator[Notice | Piece | Answer]:
-        """Answers one question; the last event is the Answer.
+        """Answers one question; the last event is the Answer. One answer at a time: an earlier one that was left in the
+        middle is over when the next begins.
 
         raises  UsageProblem for an empty or too long question; Damaged where a passage it needs is damaged
         """
@@ -184,14 +198,15 @@ class Answerer:
         clock.lap("load")
         hits: list[Hit] = []
         opened = self._opened
-        damaged = 0
+        left_out: tuple[str, ...] = ()
         if opened is not None and options.mode != "direct":
-            damaged = len(opened.snapshot.damaged)
-            hits = opened.retrieve(question, options.k, options.min_score, warm=self._asked > 0)
-            damaged = len(opened.snapshot.damaged) - damaged
+            assert opened.engine is not None
+            k = options.k or int(opened.engine.prior.card["k"])
+            hits = opened.retrieve(question, k, options.min_score, warm=self._asked > 0)
+            left_out = opened.left_out
         self._asked += 1
         clock.lap("retrieve")
-        yield from self._generate(model, question, options, hits, clock, partial=damaged > 0)
+        yield from self._generate(model, question, options, hits, clock, left_out)
 
     def _loaded_model(self) -> Generator[Notice, None, Model]:
         """Loads what every answer needs, once; returns the model."""
@@ -218,7 +233,13 @@ class Answerer:
         return self._alone
 
     def _generate(
-        self, model: Model, question: str, options: AskOptions, hits: list[Hit], clock: _Clock, *, partial: bool
+        self,
+        model: Model,
+        question: str,
+        options: AskOptions,
+        hits: list[Hit],
+        clock: _Clock,
+        left_out: tuple[str, ...],
     ) -> Iterator[Piece | Answer]:
         from regrad_cli.learn.prompt import greedy, pieces, prompt_ids
 
@@ -240,10 +261,14 @@ class Answerer:
         def counted(tokens: Iterator[int]) -> Iterator[int]:
             nonlocal count
             for token in tokens:
+                if self._changes is not changes:
+                    raise RuntimeError("another question was asked before this answer's end")
                 count += 1
                 yield token
 
-        with context:
+        with ExitStack() as changes:
+            self._end_answer(changes)  # a consumer may still hold an earlier one that it left in the middle
+            changes.enter_context(context)
             clock.lap("adapt")
             for piece in pieces(model, counted(greedy(model, prompt, options.max_tokens))):
                 text.append(piece)
@@ -265,8 +290,14 @@ class Answerer:
             model=self._opened.snapshot.settings.model_name if self._opened else self._model_name,
             prior=self._opened.snapshot.settings.prior_name if self._opened else None,
             bank=str(self._opened.snapshot.path) if self._opened else None,
-            partial=partial,
+            partial=bool(left_out),
+            notices=left_out,
         )
+
+    def _end_answer(self, following: ExitStack) -> None:
+        """Takes off what an answer in the middle of its tokens has put on the model; it cannot go on."""
+        self._changes.close()
+        self._changes = following
 
     def _adaptation(self, model: Model, hits: list[Hit], gamma: float) -> tuple[Any, list[float]]:
         """The context in which the model answers with these passages' gradients, and their weights."""

@@ -70,13 +70,14 @@ def read_stream(
 ) -> Iterator[Document | Skipped]:
     """Standard input as one document ("text") or as one a line ("jsonl"), read as the lines come.
 
-    Its source is `name`, or `stdin#` and the first 16 hex digits of the text's SHA-256: the same text is the same
-    document. A record's is `name#id` or `name#line`; without a name `stdin#id`, or `stdin#` and the text's digits.
+    Its source is `stdin#name` (never that of a file), or `stdin#` and the first 16 hex digits of the text's SHA-256:
+    the same text is the same document. A record's is `stdin#name#id` or `stdin#name#line`; without a name `stdin#id`,
+    or `stdin#` and the text's digits.
     raises       ValueError for another format
     """
-    fields, place = Fields(title_field, text_field, id_field), name or "stdin"
+    fields, place = Fields(title_field, text_field, id_field), f"stdin#{name}" if name else "stdin"
     if format == "jsonl":
-        yield from _records(read_jsonl(stream, fields, max_bytes), place, name or "", by_text=name is None)
+        yield from _records(read_jsonl(stream, fields, max_bytes), place, name or "", by_text=not name)
         return
     if format != "text":
         raise ValueError(f"standard input is read as text or jsonl, not as {format!r}")
@@ -91,7 +92,7 @@ def read_stream(
         yield Skipped(place, _reason(error))
         return
     title = title or (_name_title(name) if name else "")
-    yield Document(name or f"stdin#{sha256_hex(text)[:16]}", title, text)
+    yield Document(place if name else f"stdin#{sha256_hex(text)[:16]}", title, text)
 
 
 def source_of(path: str | Path, base: Path) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from regrad_cli.errors import Mismatch
+from regrad_cli.errors import Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import Fingerprint, fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
 from regrad_cli.records import BankSettings, Notice, Passage
@@ -106,10 +107,20 @@ class Engine:
 
     @cached_property
     def embedder(self) -> Embedder:
+        """For documents, on the chosen device."""
         from regrad_cli.embed import load_embedder
         from regrad_cli.learn.model import choose_device
 
         return load_embedder(self.embedder_folder, device=str(choose_device(self._device)))
+
+    @cached_property
+    def question_embedder(self) -> Embedder:
+        """For one question at a time: unless a device was named, on the CPU, which needs no torch."""
+        if self._device != "auto":
+            return self.embedder
+        from regrad_cli.embed import load_embedder
+
+        return load_embedder(self.embedder_folder, device="cpu")
 
     @property
     def description(self) -> str:
@@ -120,7 +131,7 @@ class Engine:
         """The bank rows of passages, returned at the end; yields how many gradients are done, after every pass."""
         import numpy as np
 
-        from regrad_cli.learn.gradients import passage_gradients
+        from regrad_cli.learn.gradients import map_gradients
 
         codes = np.zeros((len(passages), self.codec.code_bytes), np.uint8)
         scales = np.zeros((len(passages), self.codec.scale_count), np.float16)
@@ -128,14 +139,22 @@ class Engine:
         done = 0
         yield done
         ids = [self.tokenizer.ids(passage.training_text) for passage in passages]
-        for part in passage_gradients(self.model, self.prior, ids):
-            code, scale = self.codec.encode(part.tensors)
+        codec = self.codec
+        coded = map_gradients(self.model, self.prior, ids, lambda part: (part, *codec.encode(part.tensors)))
+        for part, code, scale in coded:
             for row, position in enumerate(part.positions):
                 if bool(part.finite[row]) and np.isfinite(scale[row]).all():
                     codes[position], scales[position], finite[position] = code[row], scale[row], True
             done += len(part.positions)
             yield done
-        embeddings = self.embedder.encode([passage.embedding_text for passage in passages]).astype(np.float16)
+        texts = [passage.embedding_text for passage in passages]
+        try:
+            embeddings = self.embedder.encode(texts).astype(np.float16)
+        except NonFinite:  # one text's vector is the same bits by itself: those that have one are kept
+            embeddings = np.full((len(texts), self.embedder.dimension), np.nan, np.float16)
+            for position, text in enumerate(texts):
+                with suppress(NonFinite):
+                    embeddings[position] = self.embedder.encode([text])[0]
         for position, vector in enumerate(embeddings):
             if not np.isfinite(vector).all():
                 finite[position], embeddings[position] = False, 0
@@ -193,6 +212,7 @@ def new_settings(
 
     quiet_libraries()
     codec_settings = parse_codec(codec)
+    _refuse_too_long(model, chunk_tokens)
     identity = fingerprint(model.path)
     if prior_file is not None:
         prior = _read_prior(prior_file, model.name, identity)
@@ -227,8 +247,24 @@ def new_settings(
     return settings, data
 
 
+def _refuse_too_long(model: ModelFolder, chunk_tokens: int) -> None:
+    """raises UsageProblem where a passage could be longer than the model's positions"""
+    import json
+
+    try:
+        config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # loading the model says what is wrong with it
+    config = config.get("text_config") or config
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(positions, int) and chunk_tokens > positions:
+        raise UsageProblem(
+            f"passages of {chunk_tokens} tokens do not fit: {model.name} has {positions} positions",
+            f"use --chunk-tokens of {positions} at most",
+        )
+
+
 def _read_prior(file: Path, model_name: str, identity: Fingerprint) -> Any:
-    from regrad_cli.errors import UsageProblem
     from regrad_cli.learn.prior import Prior
 
     try:

@@ -6,11 +6,13 @@ and an interrupted ingest goes on where its last commit ended.
 
 from __future__ import annotations
 
+import os
+import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +20,8 @@ from typing import Any, BinaryIO
 from regrad_cli import engine
 from regrad_cli.bank import Snapshot, Writer, create_bank, open_bank, write_bank
 from regrad_cli.bank.create import refuse_what_is_there
-from regrad_cli.documents import read_documents, read_stream, source_of
+from regrad_cli.characters import printable_name
+from regrad_cli.documents import read_documents, read_stream
 from regrad_cli.engine import Engine, NewRows, narrated, open_engine
 from regrad_cli.errors import UsageProblem
 from regrad_cli.models import ModelFolder, resolve_embedder, resolve_model
@@ -160,6 +163,8 @@ class _Run:
         self.seen: set[str] = set()
         self.documents = self.passages = self.added = self.unchanged = self.replaced = self.removed = 0
         self.seconds_a_passage = 0.0
+        self.described = False
+        self.bad: Counter[str] = Counter()  # passages whose loss or gradient is not finite, by document
         self.have: dict[str, dict[Place, RowRef]] = {}
         self.sources: dict[str, str] = {}
         self.by_key: dict[bytes, RowRef] = {}
@@ -191,7 +196,9 @@ class _Run:
                 else:
                     yield from self._commit(self.writer, batch, done, None if more else planned)
                 done += len(batch.rows)
-                yield from batch.finished
+                for document in batch.finished:
+                    bad = self.bad[document.id]
+                    yield replace(document, passages=document.passages - bad, added=document.added - bad)
         if self.writer is not None:
             self.writer.finish()
 
@@ -230,6 +237,9 @@ class _Run:
             have = dict(self.have.get(item.id, {}))
             count = added = 0
             for passage in self._passages(item):
+                if passage.tokens < 2:
+                    self._skip(Skipped(item.source, f"passage {passage.ordinal}: one token has no next one to learn"))
+                    continue
                 key = self._key(passage)
                 count += 1
                 if have.pop((passage.ordinal, passage.offset, key), None) is None:
@@ -239,7 +249,8 @@ class _Run:
                         yield batch
                         batch = _Batch()
             if not count:
-                self._skip(Skipped(item.source, "no text in it"))
+                if not self.skipped or self.skipped[-1].source != item.source:
+                    self._skip(Skipped(item.source, "no text in it"))
                 continue
             batch.removals += have.values()
             done = DocumentDone(item.id, item.source, item.title, count, added, count - added, len(have))
@@ -275,14 +286,19 @@ class _Run:
 
     def _pruned(self) -> Iterator[RowRef]:
         """Rows of documents that lay under the given paths and are gone; what merely could not be read is not gone."""
-        roots = [source_of(path, self.base) for path in self.options.paths]
-        unread = [skipped.source for skipped in self.skipped]
+        roots = [_place(_real(path)) for path in self.options.paths]
+        unread = [self._place_of(whole) for one in self.skipped for whole in _whole(one.source)]
         for document, source in self.sources.items():
-            if document in self.seen or any(_lies_in(source, place) for place in unread):
+            place = self._place_of(source)
+            if document in self.seen or source.startswith("stdin#") or any(_lies_in(place, one) for one in unread):
                 continue
-            if any(_lies_in(source, root) for root in roots):
+            if any(_lies_in(place, root) for root in roots):
                 self.removed += 1
                 yield from self.have[document].values()
+
+    def _place_of(self, source: str) -> str:
+        """Where a source lies, absolute: however a path is written or linked, sources and paths can be compared."""
+        return source if Path(source).is_absolute() else f"{_place(_real(self.base)).rstrip('/')}/{source}"
 
     def _skip(self, skipped: Skipped) -> None:
         self.skipped.append(skipped)
@@ -302,7 +318,8 @@ class _Run:
                 copied[key] = self.by_key[key]
             else:
                 missing.setdefault(key, passage)
-        if missing and done == 0:
+        if missing and not self.described:
+            self.described = True
             yield Notice(f"computing on {self.engine.description}")
         found = dict(zip(copied, range(len(copied)), strict=True))
         blocks = []
@@ -318,7 +335,10 @@ class _Run:
         good = [(passage, key) for passage, key in batch.rows if key not in bad]
         for passage, key in batch.rows:
             if key in bad:
-                self._skip(Skipped(passage.source, f"passage {passage.ordinal}: its loss or gradient is not finite"))
+                reason = "its loss, gradient or embedding is not finite"
+                self._skip(Skipped(passage.source, f"passage {passage.ordinal}: {reason}"))
+                self.bad[passage.document] += 1
+                self.passages -= 1
         yield from self._told()
         if good:
             import numpy as np
@@ -351,10 +371,23 @@ class _Run:
         yield Progress("planned", self.added, None)
 
 
-def _lies_in(source: str, place: str) -> bool:
-    """Whether a source is this file, a record of it, or lies in this folder. Standard input lies nowhere."""
-    if source.startswith("stdin#"):
-        return False
-    if place == ".":
-        return not Path(source).is_absolute()
-    return source == place or source.startswith((f"{place}/", f"{place}#"))
+def _real(path: Path) -> Path:
+    """A folder with every link followed; a file, or what is not there, keeps its own name, as its source does."""
+    path = path.absolute()
+    return Path(os.path.realpath(path) if path.is_dir() else Path(os.path.realpath(path.parent), path.name))
+
+
+def _place(path: Path) -> str:
+    return printable_name(path.as_posix())
+
+
+def _whole(source: str) -> Iterator[str]:
+    """A skipped source, and the file of a skipped line: nobody knows which record that line was."""
+    yield source
+    if line := re.fullmatch(r"(.+)#\d+", source):
+        yield line[1]
+
+
+def _lies_in(place: str, root: str) -> bool:
+    """Whether a place is this file, a record of it, or lies in this folder."""
+    return place == root or place.startswith((f"{root.rstrip('/')}/", f"{root}#"))

@@ -101,7 +101,9 @@ SETTINGS: dict[str, Setting] = {
         Setting("device", "auto", "device", "where to compute"),
         Setting("dtype", "auto", "choice", "number format to compute in", choices=DTYPES),
         Setting("mode", "regrad", "choice", "how `ask` answers", choices=MODES),
-        Setting("k", 3, "int", "passages that are retrieved", minimum=1),
+        Setting(
+            "k", None, "int", "passages that are retrieved; otherwise as many as the prior was made for", minimum=1
+        ),
         Setting("gamma", 1.0, "float", "strength of the passages' gradients", minimum=0),
         Setting("min_score", None, "float", "least similarity of a passage that is used"),
         Setting("max_tokens", 128, "int", "longest answer, in tokens", minimum=1),

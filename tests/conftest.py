@@ -17,6 +17,7 @@ from regrad_cli import models
 from regrad_cli.errors import ModelUnavailable
 
 USERS_CACHE = models.cache_folder()
+models.quiet_libraries()  # before any test module imports a library that reads its variables then
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -251,11 +251,15 @@ def test_titles_come_from_the_document_or_its_file_name() -> None:
 def test_standard_input_is_one_document_named_by_its_text_or_by_the_caller() -> None:
     digits = sha256_hex("It blew.\n")[:16]
     assert list(read_stream(io.BytesIO(b"It blew.\r\n"))) == [Document(f"stdin#{digits}", "", "It blew.\n")]
-    assert list(read_stream(io.BytesIO(b"# Gale\n"), name="notes.md")) == [Document("notes.md", "Gale", "# Gale\n")]
-    assert list(read_stream(io.BytesIO(b"It"), name="the_gale.txt")) == [Document("the_gale.txt", "The gale", "It")]
+    assert list(read_stream(io.BytesIO(b"# Gale\n"), name="notes.md")) == [
+        Document("stdin#notes.md", "Gale", "# Gale\n")
+    ]
+    assert list(read_stream(io.BytesIO(b"It"), name="a_gale.txt")) == [Document("stdin#a_gale.txt", "A gale", "It")]
     for data in (b"", b" \n", bytes(1000), b"x" * 101):
         (skipped,) = read_stream(io.BytesIO(data), max_bytes=100)
         assert isinstance(skipped, Skipped) and skipped.source == "stdin" and skipped.reason
+        (skipped,) = read_stream(io.BytesIO(data), max_bytes=100, name="notes.md")
+        assert skipped.source == "stdin#notes.md"
 
 
 def test_standard_input_records_keep_their_source_when_lines_move() -> None:
@@ -265,7 +269,7 @@ def test_standard_input_records_keep_their_source_when_lines_move() -> None:
     assert texts(first) == texts(second) == {"stdin#t": "two", f"stdin#{sha256_hex('one')[:16]}": "one"}
     assert list(reasons(first)) == ["stdin#3"]
     named = list(read_stream(io.BytesIO(b"".join(lines)), format="jsonl", name="feed"))
-    assert list(texts(named)) == ["feed#1", "feed#t"]
+    assert list(texts(named)) == ["stdin#feed#1", "stdin#feed#t"]
 
 
 def test_standard_input_records_are_given_while_the_pipe_is_open() -> None:
@@ -491,15 +495,15 @@ def test_an_empty_document_has_no_passages_and_wrong_limits_are_refused() -> Non
 
 def test_splitting_takes_time_in_proportion_to_the_text() -> None:
     def seconds(text: str) -> float:
-        started = time.perf_counter()
+        started = time.process_time()  # of this process alone: the machine may be busy
         passages = list(split(Document("s", "Gale", text), word_spans))
         assert passages
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     for unit in (" ".join(SENTENCES) + "\n\n", "x" * 5000, '("[' * 1700, "# a\n", "- [ \n", "\n" * 4000 + "y", "```\n"):
-        small = unit * max(1, 100_000 // len(unit))
+        small = unit * max(1, 40_000 // len(unit))
         once, eight = min(seconds(small), seconds(small)), seconds(small * 8)
-        assert eight < 8 * once * 3 + 0.5, unit[:10]
+        assert eight < 8 * once * 3 + 0.2, unit[:10]
 
 
 @pytest.mark.starter

@@ -16,7 +16,10 @@ from regrad_cli.records import Answer, BankSettings, DocumentDone, IngestSummary
 from regrad_cli.render import Line
 from regrad_cli.settings import MODES
 
-K = Annotated[int | None, typer.Option("-k", metavar="N", help="Passages to retrieve; 3 if not set.")]
+K = Annotated[
+    int | None,
+    typer.Option("-k", metavar="N", help="Passages to retrieve; 3, or what the prior was made for, if not set."),
+]
 MinScore = Annotated[
     float | None, typer.Option("--min-score", metavar="S", help="Leave out passages less similar than this (-1 to 1).")
 ]
@@ -317,7 +320,8 @@ def _show_answer(call: Call, events: Iterator[Any], *, stream: bool, sources: bo
                     terminal.piece(event.text)
                 elif isinstance(event, Answer):
                     if event.partial:
-                        terminal.warning("damaged passages were left out: this answer is partial")
+                        left_out = "; ".join(event.notices)
+                        terminal.warning(f"damaged passages were left out: this answer is partial ({left_out})")
                     if streamed:
                         terminal.end_pieces()
                     views.answer(terminal, event, streamed=streamed, one_line=not stream, sources=sources)

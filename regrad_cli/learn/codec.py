@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,6 +39,36 @@ def parse_codec(name: str) -> CodecSettings:
     return CodecSettings(kind="lowrank" if rank else "full", rank=rank, bits=int(match[2]))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Tensors of one shape, and where their parts lie in a row.
+
+    turned      whether a tensor's long side is its rows
+    vectors     places of their V stored vectors among the exponents; values, units: columns of what they store
+    """
+
+    rank: int
+    names: tuple[str, ...]
+    turned: tuple[bool, ...]
+    vectors: torch.Tensor
+    values: torch.Tensor
+    units: torch.Tensor
+
+
+@dataclass
+class _Builder:
+    rank: int
+    names: list[str] = field(default_factory=list)
+    turned: list[bool] = field(default_factory=list)
+    vectors: list[int] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    units: list[torch.Tensor] = field(default_factory=list)
+
+    def group(self) -> _Group:
+        columns = (torch.tensor(self.vectors), torch.cat(self.values), torch.cat(self.units))
+        return _Group(self.rank, tuple(self.names), tuple(self.turned), *columns)
+
+
 class Codec:
     """Encoder and decoder for gradients of these tensors.
 
@@ -47,79 +78,69 @@ class Codec:
     def __init__(self, settings: CodecSettings, shapes: Sequence[TensorShape]) -> None:
         self.settings = settings
         self.shapes = tuple(shapes)
-        self._small = [min(s.rows, s.cols) for s in self.shapes]
-        self._long = [max(s.rows, s.cols) for s in self.shapes]
-        if settings.kind == "lowrank":
-            self._ranks = [min(settings.rank, small) for small in self._small]
-            lengths = [long for long, rank in zip(self._long, self._ranks, strict=True) for _ in range(rank)]
-            self._unit_count = sum(small * rank for small, rank in zip(self._small, self._ranks, strict=True))
-        else:
-            lengths = [s.rows * s.cols for s in self.shapes]
-            self._unit_count = 0
-        group = settings.group
-        self._lengths = lengths
-        self._padded = [-(-length // group) * group for length in lengths]
-        self._value_count = sum(self._padded)
-        self.scale_count = self._value_count // group
-        self.code_bytes = len(lengths) + self._unit_count + self._value_count * settings.bits // 8
+        self._lengths: list[int] = []  # of each stored vector, in the order of the tensors
+        self._padded: list[int] = []
+        self._unit_count = 0
+        alike: dict[tuple[int, int], _Builder] = {}
+        start = 0
+        for shape in self.shapes:
+            small, long = sorted((shape.rows, shape.cols))
+            rank = min(settings.rank, small) if settings.kind == "lowrank" else 0
+            place = alike.setdefault((small, long), _Builder(rank))
+            place.names.append(shape.name)
+            place.turned.append(shape.rows != small)
+            length = long if rank else small * long
+            for _ in range(rank or 1):
+                place.vectors.append(len(self._lengths))
+                place.values.append(torch.arange(start, start + length))
+                self._lengths.append(length)
+                self._padded.append(-(-length // settings.group) * settings.group)
+                start += self._padded[-1]
+            place.units.append(torch.arange(self._unit_count, self._unit_count + small * rank))
+            self._unit_count += small * rank
+        self._groups = [place.group() for place in alike.values()]
+        self._value_count = start
+        self.scale_count = start // settings.group
+        self.code_bytes = len(self._lengths) + self._unit_count + start * settings.bits // 8
 
     # ── encoding ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def encode(self, gradients: Mapping[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """{name: (n, rows, cols) float32} → codes (n, code_bytes) uint8, scales (n, scale_count) float16."""
-        vectors: list[torch.Tensor] = []  # (n, length) each, in the order of self._lengths
-        units: list[torch.Tensor] = []  # (n, small) each
-        if self.settings.kind == "full":
-            vectors = [gradients[shape.name].flatten(1) for shape in self.shapes]
-        else:
-            factors = self._factors(gradients)
-            for shape in self.shapes:
-                u, v = factors[shape.name]
-                units += u.unbind(1)
-                vectors += v.unbind(1)
-        exponents, values = self._normalised(vectors)
+        first = gradients[self.shapes[0].name]
+        n, device = first.shape[0], first.device
+        exponents = torch.empty((n, len(self._lengths)), dtype=torch.int8, device=device)
+        units = torch.empty((n, self._unit_count), dtype=torch.int8, device=device)
+        values = torch.zeros((n, self._value_count), device=device)
+        for group in self._groups:  # tensors of one shape together
+            if self.settings.kind == "full":
+                vectors = torch.stack([gradients[name].flatten(1) for name in group.names], dim=1)  # (n, V, length)
+            else:
+                u, v = self._factors(group, gradients)  # (n, T, k, small), (n, T, k, long)
+                units[:, group.units.to(device)] = u.mul(127).round().to(torch.int8).flatten(1)
+                vectors = v.flatten(1, 2)
+            exponent = torch.frexp(vectors.abs().amax(dim=2))[1].clamp(-126, 126)  # (n, V)
+            exponents[:, group.vectors.to(device)] = exponent.to(torch.int8)
+            values[:, group.values.to(device)] = torch.ldexp(vectors, -exponent[..., None]).flatten(1)
         integers, scales = self._quantised(values)
-        parts = [exponents.view(torch.uint8)]
-        if units:
-            parts.append(torch.cat(units, dim=1).mul(127).round().to(torch.int8).view(torch.uint8))
-        parts.append(integers)
-        return torch.cat(parts, dim=1).cpu().numpy(), scales.cpu().numpy()
+        codes = torch.cat([exponents.view(torch.uint8), units.view(torch.uint8), integers], dim=1)
+        return codes.cpu().numpy(), scales.cpu().numpy()
 
-    def _factors(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """{name: (u (n, k, small), v (n, k, long))}, by the small side's Gram matrix, tensors of one shape together."""
-        alike: dict[tuple[int, int], list[TensorShape]] = {}
-        for shape in self.shapes:
-            alike.setdefault((min(shape.rows, shape.cols), max(shape.rows, shape.cols)), []).append(shape)
-        found = {}
-        for (small, _long), shapes in alike.items():
-            rank = min(self.settings.rank, small)
-            flat = [gradients[s.name] if s.rows == small else gradients[s.name].transpose(1, 2) for s in shapes]
-            stack = torch.stack(flat, dim=1)  # (n, T, small, long)
-            peak = stack.abs().amax(dim=(-1, -2), keepdim=True)
-            even = stack / torch.where(peak > 0, peak, 1.0)  # so that no square leaves float32's range
-            gram = (even @ even.transpose(-1, -2)).double()  # (n, T, small, small)
-            # On the CPU everywhere: a batch of tiny problems, and the same routine for every device.
-            u = torch.linalg.eigh(gram.cpu())[1][..., -rank:].flip(-1).to(stack.device)  # (n, T, small, k), best first
-            sign = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True)).sign()  # one spelling of ±u
-            u = (u * torch.where(sign == 0, 1.0, sign)).float().transpose(-1, -2)  # (n, T, k, small)
-            u = (u * 127).round() / 127  # what will be read back; v then makes up for the rounding
-            v = u @ stack / u.square().sum(dim=-1, keepdim=True)  # (n, T, k, long)
-            for index, shape in enumerate(shapes):
-                found[shape.name] = (u[:, index], v[:, index])
-        return found
-
-    def _normalised(self, vectors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each vector over a power of two: exponents (n, vectors) int8, values (n, value_count) of magnitude ≤ 1."""
-        n = vectors[0].shape[0]
-        values = vectors[0].new_zeros((n, self._value_count))
-        exponents = torch.zeros((n, len(vectors)), dtype=torch.int8, device=values.device)
-        start = 0
-        for index, (vector, length, padded) in enumerate(zip(vectors, self._lengths, self._padded, strict=True)):
-            exponent = torch.frexp(vector.abs().amax(dim=1))[1].clamp(-126, 126)  # (n,)
-            exponents[:, index] = exponent.to(torch.int8)
-            torch.ldexp(vector, -exponent[:, None], out=values[:, start : start + length])
-            start += padded
-        return exponents, values
+    def _factors(self, group: _Group, gradients: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """u (n, T, k, small) and v (n, T, k, long) of the group's T tensors, by the small side's Gram matrix."""
+        parts = [gradients[name] for name in group.names]
+        stack = torch.stack([p.transpose(1, 2) if t else p for p, t in zip(parts, group.turned, strict=True)], dim=1)
+        peak = stack.abs().amax(dim=(-1, -2), keepdim=True)
+        even = stack / torch.where(peak > 0, peak, 1.0)  # so that no square leaves float32's range
+        gram = (even @ even.transpose(-1, -2)).double()  # (n, T, small, small)
+        # On the CPU everywhere: a batch of tiny problems, and the same routine for every device.
+        u = (
+            torch.linalg.eigh(gram.cpu())[1][..., -group.rank :].flip(-1).to(stack.device)
+        )  # (n, T, small, k), best first
+        sign = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True)).sign()  # one spelling of ±u
+        u = (u * torch.where(sign == 0, 1.0, sign)).float().transpose(-1, -2)  # (n, T, k, small)
+        u = (u * 127).round() / 127  # what will be read back; v then makes up for the rounding
+        return u, u @ stack / u.square().sum(dim=-1, keepdim=True)
 
     def _quantised(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, value_count) float32 → packed integers (n, bytes) uint8 and scales (n, scale_count) float16."""
@@ -150,17 +171,23 @@ class Codec:
             integers = torch.stack((packed & 15, packed >> 4), dim=2).view(n, -1).float() - 8
         values = (integers.view(n, -1, self.settings.group) * scale[:, :, None]).view(n, -1)
 
-        vectors, start = [], 0
-        for index, (length, padded) in enumerate(zip(self._lengths, self._padded, strict=True)):
-            vectors.append(torch.ldexp(values[:, start : start + length], exponents[:, index, None]))
-            start += padded
-        if self.settings.kind == "full":
-            return {s.name: v.view(n, s.rows, s.cols) for s, v in zip(self.shapes, vectors, strict=True)}
-        tensors, at, unit_at = {}, 0, 0
-        for shape, small, rank in zip(self.shapes, self._small, self._ranks, strict=True):
-            u = units[:, unit_at : unit_at + small * rank].view(n, rank, small)
-            v = torch.stack(vectors[at : at + rank], dim=1)  # (n, k, long)
-            left, right = (u, v) if shape.rows == small else (v, u)
-            tensors[shape.name] = left.transpose(1, 2) @ right  # (n, rows, cols)
-            at, unit_at = at + rank, unit_at + small * rank
-        return tensors
+        tensors: Tensors = {}
+        for group in self._groups:
+            exponent = exponents[:, group.vectors.to(device)]  # (n, V)
+            vectors = torch.ldexp(
+                values[:, group.values.to(device)].unflatten(1, (len(group.vectors), -1)), exponent[..., None]
+            )
+            if group.rank:
+                u = units[:, group.units.to(device)].unflatten(
+                    1, (len(group.names), group.rank, -1)
+                )  # (n, T, k, small)
+                stack = u.transpose(-1, -2) @ vectors.unflatten(
+                    1, (len(group.names), group.rank)
+                )  # (n, T, small, long)
+                found = [
+                    part.transpose(1, 2) if t else part for part, t in zip(stack.unbind(1), group.turned, strict=True)
+                ]
+            else:
+                found = list(vectors.unbind(1))
+            tensors.update(zip(group.names, found, strict=True))
+        return {s.name: tensors[s.name].reshape(n, s.rows, s.cols) for s in self.shapes}

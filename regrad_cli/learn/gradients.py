@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from regrad_cli.learn.adapt import Tensors, hooked
 from regrad_cli.learn.model import Model, Projection
 from regrad_cli.learn.prior import Prior
 
+T = TypeVar("T")
 IGNORED = -100
 LENGTH_STEP = 16
 # Tokens in one pass. On a CPU, activations that stay in its caches beat larger matrix products.
@@ -39,7 +40,7 @@ class PassageGradients:
     positions   (n,) places of these passages in the caller's sequence
     tensors     {name: (n, rows, cols) float32}
     losses      (n,) float32, mean next-token cross-entropy of each passage
-    finite      (n,) bool; False where the loss or any gradient value is not finite
+    finite      (n,) bool; False where the loss or any gradient value is not finite: that passage's tensors are zeros
     """
 
     positions: tuple[int, ...]
@@ -61,12 +62,25 @@ def bucket_rows(length: int, device_type: str) -> int:
 def passage_gradients(
     model: Model, prior: Prior, passages: Sequence[Sequence[int]], *, workers: int | None = None
 ) -> Iterator[PassageGradients]:
-    """The gradient of the document loss at θ, for every passage by itself.
+    """The gradient of the document loss at θ, for every passage by itself: `map_gradients` of nothing more."""
+    return map_gradients(model, prior, passages, lambda gradients: gradients, workers=workers)
+
+
+def map_gradients(
+    model: Model,
+    prior: Prior,
+    passages: Sequence[Sequence[int]],
+    then: Callable[[PassageGradients], T],
+    *,
+    workers: int | None = None,
+) -> Iterator[T]:
+    """The gradient of the document loss at θ, for every passage by itself, and what `then` makes of each pass.
 
     passages    token ids; at least two each, at most the model's positions
+    then        called with each pass's PassageGradients, in the thread that computed it
     workers     passes at a time; on a CPU as many as PyTorch has threads, each in one thread, so that a row's bits
                 do not depend on how many there are. The model is not to be used elsewhere until the last one is out.
-    yields      one PassageGradients a pass, shortest passages first; together they cover every position once
+    yields      one result a pass, shortest passages first; together they cover every position once
     raises      UsageProblem for a passage with fewer than two tokens (its mean over no tokens is not a number)
     """
     prior.check(model.projections)
@@ -76,12 +90,16 @@ def passage_gradients(
         workers = torch.get_num_threads() if model.device.type == "cpu" else 1
     with _attention_for_gradients(model), hooked(model, run.tap_of):
         if model.device.type != "cpu":
-            yield from (run.one(passages, positions, shape) for positions, shape in passes)
+            yield from (then(run.one(passages, positions, shape)) for positions, shape in passes)
             return
+
+        def work(positions: tuple[int, ...], shape: tuple[int, int]) -> T:
+            return then(run.one(passages, positions, shape))
+
         with _one_thread_each(workers) as pool:
-            ahead: deque[Future[PassageGradients]] = deque()
+            ahead: deque[Future[T]] = deque()
             for positions, shape in passes:
-                ahead.append(pool.submit(run.one, passages, positions, shape))
+                ahead.append(pool.submit(work, positions, shape))
                 if len(ahead) > workers:
                     yield ahead.popleft().result()
             while ahead:
@@ -175,6 +193,9 @@ class _Passes:
         finite = torch.isfinite(losses[:count])
         for tensor in tensors.values():
             finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            for tensor in tensors.values():
+                tensor[~finite] = 0
         return PassageGradients(positions, tensors, losses[:count].detach(), finite)
 
 

@@ -27,24 +27,24 @@ def prompt_ids(model: Model, question: str, passages: Sequence[str] = ()) -> lis
     return model.token_ids(f"{text}\nAnswer:")
 
 
+@torch.inference_mode()
 def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
     """The most likely next token, again and again, until the answer ends; the ending token is not yielded.
 
     The same tokens as transformers' `generate(do_sample=False)`, one at a time and in the caller's thread, so that
-    they can be streamed and interrupted.
+    they can be streamed and interrupted. Between two tokens the caller's own gradient mode is in force.
     """
     ends = set(model.end_ids)
     step = torch.tensor([list(prompt)], device=model.device)
     cache = None
-    with torch.inference_mode():
-        for _ in range(max_tokens):
-            output = model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            step = output.logits[:, -1:].argmax(dim=-1)  # (1, 1)
-            token = int(step)
-            if token in ends:
-                return
-            yield token
+    for _ in range(max_tokens):
+        output = model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        step = output.logits[:, -1:].argmax(dim=-1)  # (1, 1)
+        token = int(step)
+        if token in ends:
+            return
+        yield token
 
 
 def pieces(model: Model, tokens: Iterator[int]) -> Iterator[str]:
