@@ -38,8 +38,11 @@ def combine(
     for name, stack in gradients.items():
         if stack.shape[0] != len(weights):
             raise PriorMismatch(f"{name}: {stack.shape[0]} gradients for {len(weights)} weights")
-        column = torch.as_tensor(weights, dtype=stack.dtype, device=stack.device)
-        change[name] = torch.tensordot(column, stack, dims=1) * (-gamma * step_sizes[name])
+        step = -gamma * step_sizes[name]
+        total = stack[0] * (step * weights[0])
+        for gradient, weight in zip(stack[1:], weights[1:], strict=True):
+            total.add_(gradient, alpha=step * weight)
+        change[name] = total
     return change
 
 
