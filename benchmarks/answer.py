@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, cast
 from unittest.mock import patch
 
+from benchmarks.bench import Bench, Options, Result
 from benchmarks.measure import Figure, Target, paired_ratio, shown
-from benchmarks.workplace import Options, Result, Workplace
 
 TITLE = "An answer's time, warm"
 DEVICES = ("cpu", "cuda")
@@ -21,7 +21,7 @@ TOKENS = 20
 WARM_UP = 2  # questions that load what is loaded once and are left out
 
 
-def run(place: Workplace, options: Options) -> Result:
+def run(place: Bench, options: Options) -> Result:
     from regrad_cli.answer import Answerer, AskOptions
     from regrad_cli.learn.model import Model
 

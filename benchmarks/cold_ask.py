@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import statistics
 
+from benchmarks.bench import Bench, Options, Result
 from benchmarks.measure import Figure, Ran, Target, paired_ratio, spread
-from benchmarks.workplace import Options, Result, Workplace
 
 TITLE = "A cold ask"
 DEVICES = ("cpu", "cuda")
 MAX_TOKENS = 20  # a short answer: the longer, the more both sides are alike
 
 
-def run(place: Workplace, options: Options) -> Result:
+def run(place: Bench, options: Options) -> Result:
     from regrad_cli.learn.model import choose_device, choose_dtype
 
     dtype = str(choose_dtype("auto", choose_device(options.device))).removeprefix("torch.")

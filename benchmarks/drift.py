@@ -9,8 +9,8 @@ import hashlib
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.bench import Bench, Options, Result
 from benchmarks.measure import Figure, Target
-from benchmarks.workplace import Options, Result, Workplace
 
 TITLE = "Drift"
 DEVICES = ("cpu", "cuda")
@@ -18,7 +18,7 @@ MODES = ("regrad", "both", "rag", "direct")
 LEFT_EVERY = 5  # each fifth answer is left after its third piece
 
 
-def run(place: Workplace, options: Options) -> Result:
+def run(place: Bench, options: Options) -> Result:
     from regrad_cli.answer import Answerer, AskOptions
     from regrad_cli.learn import model as models
     from regrad_cli.records import Piece

@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.bench import EXAMPLES, Bench, Options, Result
 from benchmarks.measure import Figure, Ran, Target, folder_bytes, interleaved, paired_ratio, shown, slope, spread
 from benchmarks.passages import make_passages, write_jsonl
-from benchmarks.workplace import EXAMPLES, Options, Result, Workplace
 from regrad_cli.records import Passage
 
 TITLE = "Ingest against a plain loop"
@@ -23,7 +23,7 @@ WARM_UP = 4
 PLAIN = ("fp32", "bf16")
 
 
-def run(place: Workplace, options: Options) -> Result:
+def run(place: Bench, options: Options) -> Result:
     from regrad_cli.learn.tokens import Tokenizer
 
     small, large = options.sizes or SIZES[options.device]
@@ -81,7 +81,7 @@ def token_range(passages: Sequence[Passage]) -> str:
     return f"{min(counts)} to {max(counts)}"
 
 
-def _ours(place: Workplace, file: Path, size: int, device: str) -> Callable[[], Ran]:
+def _ours(place: Bench, file: Path, size: int, device: str) -> Callable[[], Ran]:
     def ingest() -> Ran:
         bank = place.new_bank(f"ingest-{size}")
         ran = place.regrad("ingest", file, "--bank", bank, "--device", device, "--json")
@@ -93,7 +93,7 @@ def _ours(place: Workplace, file: Path, size: int, device: str) -> Callable[[], 
     return ingest
 
 
-def _plain(place: Workplace, file: Path, size: int, dtype: str, device: str) -> Callable[[], Ran]:
+def _plain(place: Bench, file: Path, size: int, dtype: str, device: str) -> Callable[[], Ran]:
     out = place.folder / f"plain-{dtype}-{size}"
 
     def loop() -> Ran:
@@ -103,7 +103,7 @@ def _plain(place: Workplace, file: Path, size: int, dtype: str, device: str) -> 
     return loop
 
 
-def _bytes(place: Workplace, size: int, dtype: str) -> list[Figure]:
+def _bytes(place: Bench, size: int, dtype: str) -> list[Figure]:
     """Bytes a passage on disk: every file of the bank, with and without the prior, against the plain loop's files."""
     bank = place.folder / f"ingest-{size}" / ".gbank"
     everything, prior = folder_bytes(bank), folder_bytes(bank / "priors")
@@ -116,9 +116,7 @@ def _bytes(place: Workplace, size: int, dtype: str) -> list[Figure]:
     ]
 
 
-def _possible(
-    place: Workplace, tokens: float, device: str, ours: float, plain: float
-) -> tuple[list[Figure], list[str]]:
+def _possible(place: Bench, tokens: float, device: str, ours: float, plain: float) -> tuple[list[Figure], list[str]]:
     """What share of the machine's matrix products both reach, and the ratio that a perfect program would.
 
     ours, plain     passages a second

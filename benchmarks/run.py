@@ -18,8 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks import machine
+from benchmarks.bench import Bench, Options, Result, environment, told
 from benchmarks.measure import table
-from benchmarks.workplace import Options, Result, Workplace, environment, told
 
 # Those that time whole processes come first: later ones leave torch and a model in this one.
 NAMES = ("startup", "ingest", "cold_ask", "answer", "drift")
@@ -103,14 +103,14 @@ def _chosen(chosen: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
                 yield f"{name} · {device}", name, device
 
 
-def _place(folder: Path, device: str, chosen: argparse.Namespace) -> Workplace:
+def _place(folder: Path, device: str, chosen: argparse.Namespace) -> Bench:
     folder.mkdir()
     sizes = None if chosen.sizes is None else tuple(chosen.sizes)
     kept = {field: getattr(chosen, field) for field in ("model", "embedder", "rounds", "questions")}
-    return Workplace(folder, Options(device=device, sizes=sizes, **kept))
+    return Bench(folder, Options(device=device, sizes=sizes, **kept))
 
 
-def _measured(name: str, place: Workplace) -> str:
+def _measured(name: str, place: Bench) -> str:
     device = place.options.device
     told(f"{name} · {device} …")
     start = time.perf_counter()

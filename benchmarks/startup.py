@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import sys
 
+from benchmarks.bench import Bench, Options, Result
 from benchmarks.measure import Figure, Target, interleaved, paired_ratio, shown
-from benchmarks.workplace import Options, Result, Workplace
 
 TITLE = "Start-up"
 DEVICES = ("cpu",)
 
 
-def run(place: Workplace, options: Options) -> Result:
+def run(place: Bench, options: Options) -> Result:
     bank = place.example_bank
     question = place.questions[0]
     rounds = options.rounds or 9

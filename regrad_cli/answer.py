@@ -46,11 +46,19 @@ class _Opened:
     """A snapshot and what computes for it, open while its `with` block lasts."""
 
     def __init__(
-        self, bank: Path, *, snapshot: int | None, device: str, dtype: str, skip_damaged: bool, model: str | None = None
+        self,
+        bank: Path,
+        *,
+        snapshot: int | None,
+        device: str,
+        dtype: str,
+        skip_damaged: bool,
+        model: str | None = None,
+        **needs: bool,
     ) -> None:
         self._bank = bank
         self._number = snapshot
-        self._options: dict[str, Any] = {"device": device, "dtype": dtype, "model": model}
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype, "model": model} | needs
         self._stack = ExitStack()
         self.skip_damaged = skip_damaged
         self.snapshot: Snapshot
@@ -68,9 +76,8 @@ class _Opened:
         if self.engine is None:
             engines: list[Engine] = []
             snapshot = self.snapshot
-            yield from open_engine(
-                snapshot.settings, snapshot.prior_bytes(), snapshot.check, found=engines, **self._options
-            )
+            prior = snapshot.prior_bytes()
+            yield from open_engine(snapshot.settings, prior, snapshot.check, found=engines, **self._options)
             self.engine = engines[0]
 
     def retrieve(self, question: str, k: int, min_score: float | None, *, warm: bool) -> list[Hit]:
@@ -93,7 +100,9 @@ class Finder:
     def __init__(
         self, bank: Path, *, snapshot: int | None = None, device: str = "auto", skip_damaged: bool = False
     ) -> None:
-        self._opened = _Opened(bank, snapshot=snapshot, device=device, dtype="auto", skip_damaged=skip_damaged)
+        self._opened = _Opened(
+            bank, snapshot=snapshot, device=device, dtype="auto", skip_damaged=skip_damaged, with_model=False
+        )
         self._asked = 0
 
     def __enter__(self) -> Finder:
@@ -158,7 +167,13 @@ class Answerer:
         self._opened: _Opened | None = None
         if bank is not None:
             self._opened = _Opened(
-                bank, snapshot=snapshot, device=device, dtype=dtype, skip_damaged=skip_damaged, model=model
+                bank,
+                snapshot=snapshot,
+                device=device,
+                dtype=dtype,
+                skip_damaged=skip_damaged,
+                model=model,
+                with_embedder=modes != {"direct"},
             )
         self._alone: Model | None = None
         self._asked = 0

@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -28,16 +28,17 @@ if TYPE_CHECKING:
     from regrad_cli.learn.tokens import Tokenizer
 
 T = TypeVar("T")
+ABSENT = Path("not needed here")
 
 
-def narrated(work: Callable[[Callable[[str], None]], T], found: list[T]) -> Iterator[Notice]:
-    """Runs `work(report)` and yields what it reports as it happens; appends its result to `found`."""
+def narrated(work: Callable[..., T], found: list[T]) -> Iterator[Notice]:
+    """Runs `work(report=…)` and yields what it reports as it happens; appends its result to `found`."""
     heard: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            found.append(work(heard.put))
+            found.append(work(report=heard.put))
         except BaseException as error:
             failed.append(error)
         finally:
@@ -166,6 +167,8 @@ def open_engine(
     prior: bytes,
     check: Callable[..., None],
     *,
+    with_model: bool = True,
+    with_embedder: bool = True,
     model: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -173,22 +176,26 @@ def open_engine(
 ) -> Iterator[Notice]:
     """Finds the bank's model and embedder, fetching what is missing; proves by fingerprints that they are its own.
 
+    with_*  whether it is needed at all: what is not is neither looked for nor fetched
     check   the snapshot's `check(model=…, tokenizer=…, embedder=…)`, which raises Mismatch
     model   another place of the same model (a folder), for banks that come from elsewhere
     found   receives the Engine
     """
-    folders: list[tuple[ModelFolder, ModelFolder]] = []
-    yield from narrated(
-        lambda report: (
-            resolve_model(model or settings.model_name, report=report),
-            resolve_embedder(settings.embedder_name, report=report),
-        ),
-        folders,
-    )
-    language, embedder = folders[0]
-    own = fingerprint(language.path)
-    check(model=own.model, tokenizer=own.tokenizer, embedder=fingerprint_embedder(embedder.path))
-    found.append(Engine(settings, prior, language.path, embedder.path, device=device, dtype=dtype))
+    places: list[Path] = []
+    for wanted, resolve, name in (
+        (with_model, resolve_model, model or settings.model_name),
+        (with_embedder, resolve_embedder, settings.embedder_name),
+    ):
+        folders: list[ModelFolder] = []
+        if wanted:
+            yield from narrated(partial(resolve, name), folders)
+        places.append(folders[0].path if wanted else ABSENT)
+    if with_model:
+        own = fingerprint(places[0])
+        check(model=own.model, tokenizer=own.tokenizer)
+    if with_embedder:
+        check(embedder=fingerprint_embedder(places[1]))
+    found.append(Engine(settings, prior, *places, device=device, dtype=dtype))
 
 
 def new_settings(
@@ -276,6 +283,6 @@ def _read_prior(file: Path, model_name: str, identity: Fingerprint) -> Any:
         raise Mismatch(
             f"the prior {file} was trained for model {str(prior.card.get('model'))[:12]}…, "
             f"and {model_name} is {identity.model[:12]}…",
-            "use the model that it was trained for, or train one with `regrad meta-train`",
+            "use the model that it was trained for, or leave --prior out",
         )
     return prior

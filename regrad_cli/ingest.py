@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -92,7 +92,10 @@ def initialise(
     )
     language, vectors = folders[0]
     if prior is None:
-        yield Notice("no prior has been learned for this model: starting from an untrained one")
+        yield Notice(
+            "no prior has been learned for this model: starting from an untrained one "
+            "(its step size is sought on the CPU, in fp32)"
+        )
     settings, data = engine.new_settings(
         model=language,
         embedder=vectors,
@@ -177,7 +180,7 @@ class _Run:
         batches = self._plan()
         ahead: deque[_Batch] = deque()
         planned, more = 0, True
-        # Standard input may come slowly: what is there is committed without waiting for its end.
+        # Standard input may come slowly: each full batch is committed without waiting for its end.
         limit = 1 if self.options.stdin else LOOK_AHEAD_PASSAGES
         done = 0
         while more or ahead:
@@ -250,7 +253,8 @@ class _Run:
                         batch = _Batch()
             if not count:
                 if not self.skipped or self.skipped[-1].source != item.source:
-                    self._skip(Skipped(item.source, "no text in it"))
+                    stays = "; its earlier passages stay, `regrad bank rm` removes them" if have else ""
+                    self._skip(Skipped(item.source, f"no text in it{stays}"))
                 continue
             batch.removals += have.values()
             done = DocumentDone(item.id, item.source, item.title, count, added, count - added, len(have))
@@ -353,12 +357,12 @@ class _Run:
         yield Progress("passages", done + len(batch.rows), total)
 
     def _computed(self, passages: list[Passage], done: int, total: int | None) -> Generator[Progress, None, NewRows]:
-        steps = self.engine.rows(passages)
-        while True:
-            try:
-                yield Progress("passages", done + next(steps), total)
-            except StopIteration as end:
-                return end.value
+        with closing(self.engine.rows(passages)) as steps:  # the model is whole again before the lock is given back
+            while True:
+                try:
+                    yield Progress("passages", done + next(steps), total)
+                except StopIteration as end:
+                    return end.value
 
     def _estimate(self, batch: _Batch) -> Iterator[Progress]:
         trial = [passage for passage, key in batch.rows if key not in self.by_key][:TRIAL_PASSAGES]

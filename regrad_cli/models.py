@@ -62,6 +62,8 @@ def _silent(message: str) -> None:
 def resolve_model(name: str, *, fetch: bool = True, report: Report = _silent) -> ModelFolder:
     """The folder of "starter", of a local folder, of a *.gguf file or of a hub id.
 
+    A folder's or a file's name is its absolute path from here on, so that it is found from anywhere.
+
     fetch   whether what is missing may be downloaded or converted
     report  is told, in a sentence, before anything that takes long
     raises  ModelUnavailable with the way out
@@ -70,9 +72,9 @@ def resolve_model(name: str, *, fetch: bool = True, report: Report = _silent) ->
         return _packaged(starter.STARTER, fetch, report)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _from_gguf(name, path, fetch, report)
+        return _from_gguf(str(path.absolute()), path, fetch, report)
     if path.is_dir():
-        return ModelFolder(name, _complete(path.absolute()))
+        return ModelFolder(str(path.absolute()), _complete(path.absolute()))
     return _from_hub(name, "model", fetch, report)
 
 
@@ -85,7 +87,7 @@ def resolve_embedder(name: str, *, fetch: bool = True, report: Report = _silent)
         return _packaged(starter.MINILM, fetch, report)
     path = Path(name).expanduser()
     if path.is_dir():
-        return ModelFolder(name, _complete_embedder(path.absolute()))
+        return ModelFolder(str(path.absolute()), _complete_embedder(path.absolute()))
     return _from_hub(name, "embedder", fetch, report)
 
 

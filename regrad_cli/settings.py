@@ -95,7 +95,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("prior", None, "text", "prior of a new bank, a file", of_bank=True),
         Setting("embedder", "minilm", "text", "embedder of a new bank", of_bank=True),
         Setting("codec", "r1-int4", "text", "how gradients are stored in a new bank", of_bank=True),
-        Setting("chunk_tokens", 192, "int", "most tokens of a passage in a new bank", minimum=8, of_bank=True),
+        Setting("chunk_tokens", 192, "int", "most tokens of a passage in a new bank", minimum=16, of_bank=True),
         Setting("chunk_overlap", 24, "int", "tokens that neighbours share in a new bank", minimum=0, of_bank=True),
         Setting("keep_text", True, "bool", "whether a new bank keeps the passages' text", of_bank=True),
         Setting("device", "auto", "device", "where to compute"),

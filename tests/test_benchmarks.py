@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed with the package
 
-from benchmarks import machine, passages, run, workplace  # noqa: E402
+from benchmarks import bench, machine, passages, run  # noqa: E402
 from benchmarks.measure import Figure, Target, interleaved, paired_ratio, run_process, shown, slope, table  # noqa: E402
 
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py"))
@@ -140,7 +140,7 @@ def test_a_run_writes_what_succeeded_names_what_failed_and_marks_what_needs_cuda
 
     def works(place, options):
         assert options.device == "cpu" and place.folder.is_dir()
-        return workplace.Result([Figure("speed", 2.0, "/s", 1.0, 2.0, Target("≥", 3))], ["a note"])
+        return bench.Result([Figure("speed", 2.0, "/s", 1.0, 2.0, Target("≥", 3))], ["a note"])
 
     modules = {"good": (("cpu", "cuda"), works), "bad": (("cpu",), fails)}
     monkeypatch.setattr(run, "NAMES", tuple(modules))
@@ -190,7 +190,7 @@ def test_a_process_is_measured_and_its_failure_told(tmp_path):
 def test_benchmarks_ignore_the_users_settings_but_use_his_models(tmp_path, monkeypatch):
     monkeypatch.setenv("REGRAD_MODE", "rag")
     monkeypatch.setenv("REGRAD_CACHE", str(tmp_path / "models"))
-    environment = workplace.environment(tmp_path)
+    environment = bench.environment(tmp_path)
     assert "REGRAD_MODE" not in environment
     assert environment["REGRAD_CACHE"] == str(tmp_path / "models")
     assert environment["REGRAD_STATE"].startswith(str(tmp_path))
@@ -205,9 +205,9 @@ def test_made_passages_are_as_many_as_asked_all_different_and_each_a_document_of
     def words(text):
         return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]
 
-    made = passages.make_passages(workplace.EXAMPLES, 150, words)
+    made = passages.make_passages(bench.EXAMPLES, 150, words)
     assert len({passage.training_text for passage in made}) == 150
-    assert made == passages.make_passages(workplace.EXAMPLES, 150, words)
+    assert made == passages.make_passages(bench.EXAMPLES, 150, words)
     passages.write_jsonl(made, tmp_path / "passages.jsonl")
     cut = [list(split(document, words)) for document in read_documents([tmp_path], base=tmp_path)]
     assert {len(each) for each in cut} == {1}

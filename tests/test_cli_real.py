@@ -156,17 +156,9 @@ def test_asking_for_cuda_where_there_is_none_is_an_error(bank):
 def test_another_model_is_12(bank, tmp_path):
     import tiny
 
-    other = tiny.write_model(tmp_path / "other", seed=5) if _takes_seed(tiny.write_model) else None
-    if other is None:
-        pytest.skip("the suite makes one tiny model only")
+    other = tiny.write_model(tmp_path / "other", seed=5)
     result = call("ask", "q", "--model", other)
     assert result.code == 12, result.err
-
-
-def _takes_seed(function) -> bool:
-    import inspect
-
-    return "seed" in inspect.signature(function).parameters
 
 
 def test_a_damaged_hit_is_14_and_can_be_skipped(own_bank):
@@ -182,9 +174,9 @@ def test_a_damaged_hit_is_14_and_can_be_skipped(own_bank):
         pytest.fail("a flipped byte of a shard's first tensor was not noticed")
     assert (result.code, result.error["kind"]) == (14, "damaged")
     skipping = call(*words, "--skip-damaged", "--json")
-    if skipping.code == 0:
-        assert skipping.lines[0]["partial"] is True
-        assert "partial" in skipping.err
+    assert skipping.code == 0
+    assert skipping.lines[0]["partial"] is True
+    assert "partial" in skipping.err
 
 
 def test_doctor_tells_what_is_there(bank):
@@ -208,7 +200,7 @@ def test_doctor_without_a_bank_or_with_a_broken_one_still_reports(tmp_path, monk
 def test_ctrl_c_in_ingest_and_again_to_resume_as_a_process(own_bank, tmp_path):
     many = tmp_path / "own" / "many"
     many.mkdir()
-    for number in range(120):
+    for number in range(400):
         (many / f"{number}.md").write_text(
             f"# Page {number}\n\n" + f"The lamp {number} of Velmora is lit at dusk. " * 6
         )
@@ -219,14 +211,12 @@ def test_ctrl_c_in_ingest_and_again_to_resume_as_a_process(own_bank, tmp_path):
         assert json.loads(process.stdout.readline())["type"] == "document"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("it was done before the signal came")
     assert process.returncode == 130
     assert json.loads(err.splitlines()[-1])["error"]["kind"] == "interrupted"
     assert b"Traceback" not in err
     kept = call("bank", "stats", "--json").document["documents"]
-    assert 3 < kept < 123
+    assert 3 < kept < 403
     last = call("ingest", "many", "--json").lines[-1]
     assert last["unchanged"] > 0
-    assert call("bank", "stats", "--json").document["documents"] == 123
+    assert call("bank", "stats", "--json").document["documents"] == 403
     assert call("bank", "verify").code == 0

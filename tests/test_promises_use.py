@@ -22,6 +22,7 @@ from use_cases import answered, ask, files, ingest, number, story, write
 from regrad_cli.answer import Answerer, AskOptions, query
 from regrad_cli.bank import open_bank, verify
 from regrad_cli.errors import Mismatch, RegradError
+from regrad_cli.ingest import initialise
 from regrad_cli.records import Piece
 
 MODES = ("regrad", "both", "rag", "direct")
@@ -93,8 +94,11 @@ def test_promise_18_another_model_tokenizer_or_embedder_is_refused_and_both_are_
     uses: list[Callable[[], Any]] = [
         lambda: ingest(bank, bank.parent / "docs"),
         lambda: ingest(bank, bank.parent / "docs", dry_run=True),
-        lambda: query(bank, QUESTION, device="cpu"),
-        *(lambda mode=mode: ask(bank, QUESTION, mode) for mode in MODES),
+        *(lambda mode=mode: ask(bank, QUESTION, mode) for mode in MODES if mode != "direct"),
+        # Each looks at what it needs and at nothing else: a question's search at no model, mode direct at no embedder.
+        (lambda: query(bank, QUESTION, device="cpu"))
+        if what == "embedder"
+        else (lambda: ask(bank, QUESTION, "direct")),
     ]
     for use in uses:
         with pytest.raises(Mismatch) as refused:
@@ -367,3 +371,30 @@ def test_models_of_other_families_go_from_init_to_an_answer(
         assert sound(bank)
     assert answers["regrad"].answer != answers["direct"].answer
     assert answers["regrad"].answer != without.answer
+
+
+def test_a_bank_is_used_from_any_folder_where_its_model_was_named_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_model(tmp_path / "m")
+    tiny.write_embedder(tmp_path / "e")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    list(initialise(Path("bank"), model="./m", embedder="e"))
+    write(tmp_path / "docs", {"a.md": story("a")})
+    monkeypatch.chdir(tmp_path / "below")
+    ingest(tmp_path / "bank", tmp_path / "docs")
+    assert query(tmp_path / "bank", QUESTION, device="cpu")
+
+
+def test_a_question_to_the_bank_alone_needs_no_model_and_mode_direct_no_embedder(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    bank, model, embedder = folders
+    write(bank.parent / "docs", {"new.md": story("new")})
+    ingest(bank, bank.parent / "docs")
+    model.rename(tmp_path / "model-away")
+    assert query(bank, QUESTION, device="cpu")
+    (tmp_path / "model-away").rename(model)
+    embedder.rename(tmp_path / "embedder-away")
+    assert ask(bank, QUESTION, "direct")

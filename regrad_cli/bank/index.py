@@ -24,6 +24,7 @@ from regrad_cli.bank.search import Candidate
 from regrad_cli.bank.shards import ShardReader
 from regrad_cli.bank.store import Folder
 from regrad_cli.errors import RegradError
+from regrad_cli.places import state_folder
 from regrad_cli.records import RowRef, canonical_json, sha256_hex
 
 # Below that exact search takes 8 ms in a warm session; a graph costs 0.7 ms a row to build (2 cores, 384 dimensions).
@@ -42,15 +43,6 @@ def threshold() -> int:
         return max(1, int(os.environ["REGRAD_INDEX_FROM"]))
     except (KeyError, ValueError):
         return INDEX_FROM_ROWS
-
-
-def state_folder() -> Path:
-    """Where this machine remembers the graphs it wrote: REGRAD_STATE, or the platform's state folder."""
-    if os.environ.get("REGRAD_STATE"):
-        return Path(os.environ["REGRAD_STATE"])
-    from platformdirs import user_state_path
-
-    return user_state_path("regrad", appauthor=False)
 
 
 def _record_path(sha256: str) -> Path:

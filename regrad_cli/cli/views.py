@@ -131,9 +131,7 @@ def stats(terminal: Terminal, values: Mapping[str, Any]) -> None:
     if values.get("bytes_per_passage"):
         parts.append(f"{size(values['bytes_per_passage'])} a passage")
     terminal.text(", ".join(parts))
-    stale, dead = values.get("stale") or 0, values.get("dead") or 0
-    if stale:
-        terminal.text(f"{count(stale, 'passage')} of another prior: regrad ingest --stale", "yellow")
+    dead = values.get("dead") or 0
     if dead:
         terminal.text(f"{count(dead, 'removed passage')} still on disk", "dim")
     kinds = [(name, amount) for name, amount in values["bytes"].items() if name != "total"]

@@ -101,7 +101,9 @@ def ingest(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The source's name for standard input.")
     ] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Drop documents of these paths whose files are gone.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop documents of these folders whose files are gone.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="Only say what would be added, its size and its time.")
     ] = False,
@@ -319,6 +321,8 @@ def _show_answer(call: Call, events: Iterator[Any], *, stream: bool, sources: bo
                     streamed = True  # said first: Ctrl-C may come inside the writing
                     terminal.piece(event.text)
                 elif isinstance(event, Answer):
+                    if not event.grounded and event.mode != "direct":
+                        terminal.notice("nothing in the bank fits: the untouched model answered by itself")
                     if event.partial:
                         left_out = "; ".join(event.notices)
                         terminal.warning(f"damaged passages were left out: this answer is partial ({left_out})")

@@ -74,12 +74,21 @@ def adapted(model: Model, prior: Prior, change: Mapping[str, torch.Tensor] | Non
 
 @contextmanager
 def hooked(model: Model, hook_for: Callable[[Any], Callable[..., Any]]) -> Iterator[None]:
-    """Forward hooks on every adapted projection, taken off however the block is left."""
+    """Forward hooks on every adapted projection, without effect from the moment the block is left, however it is.
+
+    Ctrl-C may come while hooks are put on or taken off: one that stays on by that does nothing any more.
+    """
     handles: list[Any] = []
+    live = [True]
+
+    def while_live(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda module, inputs, output: hook(module, inputs, output) if live else None
+
     try:
         for projection in model.projections:
-            handles.append(projection.module.register_forward_hook(hook_for(projection)))
+            handles.append(projection.module.register_forward_hook(while_live(hook_for(projection))))
         yield
     finally:
+        live.clear()
         for handle in handles:
             handle.remove()

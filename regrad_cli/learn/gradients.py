@@ -30,7 +30,9 @@ IGNORED = -100
 LENGTH_STEP = 16
 # Tokens in one pass. On a CPU, activations that stay in its caches beat larger matrix products.
 TOKEN_BUDGET = {"cpu": 384, "cuda": 16384, "mps": 4096}
-LOSS_CHUNK = 256  # tokens whose logits exist at a time
+MAX_ROWS = 64  # passages in one pass: more are seldom of one length in a commit, and empty rows cost as much as full
+MAX_WORKERS = 8  # passes at a time: each holds its activations and gradients
+LOGITS = 256 * 49_152  # values that exist at a time: 256 tokens' of the starter
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def bucket_length(tokens: int) -> int:
 
 def bucket_rows(length: int, device_type: str) -> int:
     """Passages in one pass of this padded length."""
-    return max(1, TOKEN_BUDGET.get(device_type, TOKEN_BUDGET["cpu"]) // length)
+    return max(1, min(MAX_ROWS, TOKEN_BUDGET.get(device_type, TOKEN_BUDGET["cpu"]) // length))
 
 
 def passage_gradients(
@@ -87,7 +89,7 @@ def map_gradients(
     passes = list(_passes(model, passages))
     run = _Passes(model, prior)
     if workers is None:
-        workers = torch.get_num_threads() if model.device.type == "cpu" else 1
+        workers = min(MAX_WORKERS, torch.get_num_threads())
     with _attention_for_gradients(model), hooked(model, run.tap_of):
         if model.device.type != "cpu":
             yield from (then(run.one(passages, positions, shape)) for positions, shape in passes)
@@ -263,8 +265,9 @@ class _HeadLoss(torch.autograd.Function):
         share = (1.0 / counts).repeat_interleave(labels.shape[1]) * (targets != IGNORED)  # (N·L,)
         each = torch.empty(flat.shape[0], dtype=torch.float32, device=flat.device)
         gradient = torch.empty_like(flat)
-        for start in range(0, flat.shape[0], LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
+        chunk = max(16, LOGITS // weight.shape[0])  # tokens
+        for start in range(0, flat.shape[0], chunk):
+            part = slice(start, start + chunk)
             logits = (flat[part] @ weight.T).float()  # (chunk, V)
             wanted = targets[part].clamp(min=0)[:, None]
             peak = logits.amax(dim=1, keepdim=True)

@@ -163,7 +163,7 @@ def find_projections(network: nn.Module) -> tuple[Projection, ...]:
     """
     path, layers = _decoder_layers(network)
     projections = []
-    for index in range(len(layers) // 2, len(layers)):
+    for index in range(first_adapted_layer(network), len(layers)):
         for child_name, child in layers[index].named_children():
             if hasattr(child, "layer_idx"):
                 continue

@@ -58,7 +58,7 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-class Workplace:
+class Bench:
     """One run of benchmarks: `folder` is empty at first and not shared with anybody."""
 
     def __init__(self, folder: Path, options: Options) -> None:
