@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from made_banks import PRIOR, Fault, Watched, content, copy_of, make_bank, rows, settings, tree
 
-from regrad_cli.bank import create_bank, files, open_bank, verify, write_bank
+from regrad_cli.bank import create_bank, files, open_bank, remove_documents, verify, write_bank
 from regrad_cli.bank.manifest import Counts
 from regrad_cli.errors import Locked, NoBank, StorageFailed
 from regrad_cli.records import document_id
@@ -111,6 +111,24 @@ def test_promise_01_killed_at_every_step_of_ingest(
             assert content(bank) == states[-1]
             assert list(verify(bank)) == []
     assert seen - {""} == STEPS_OF_A_COMMIT
+
+
+def test_promise_01_killed_at_every_step_of_rm(start: Path, tmp_path: Path) -> None:
+    before = content(start)
+    gone = copy_of(start, tmp_path / "gone")
+    remove_documents(gone, ["a.md"])
+    after = content(gone)
+    assert after != before
+    seen: list[dict] = []
+    for at in range(1, 1000):
+        bank = copy_of(start, tmp_path / str(at))
+        step, _ = run_and_kill(lambda told, bank=bank: remove_documents(bank, ["a.md"]), at, True)
+        seen.append(content(bank))
+        assert seen[-1] in (before, after), f"killed before call {at} ({step})"
+        assert [finding for finding in verify(bank) if not finding.note] == []
+        if not step:
+            break
+    assert before in seen and seen[-1] == after
 
 
 def test_promise_01_killed_at_every_step_of_init(tmp_path: Path) -> None:
