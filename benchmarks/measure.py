@@ -120,7 +120,11 @@ def spread(values: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Ran:
-    """A finished process: its seconds by the clock and of CPU (children included), peak resident bytes, its stdout."""
+    """A finished process: its seconds by the clock and of CPU (children included), peak resident bytes, its stdout.
+
+    On Linux a peak is never less than what the process that started it held then: benchmarks start theirs before they
+    load anything large.
+    """
 
     seconds: float
     cpu_s: float

@@ -177,12 +177,14 @@ def test_the_machine_is_named_by_processor_versions_and_commit(tmp_path):
 
 def test_a_process_is_measured_and_its_failure_told(tmp_path):
     import os
+    import resource
 
     code = "import sys; sum(range(3_000_000)); print('out'); sys.exit(int(sys.argv[1]))"
     ran = run_process([sys.executable, "-c", code, "0"], cwd=tmp_path, env=os.environ)
     assert ran.stdout == "out\n"
     assert 0 < ran.cpu_s < ran.seconds + 1
-    assert 1e6 < ran.peak_bytes < 1e9
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert 1e6 < ran.peak_bytes < max(1e9, 1.1 * own)  # see Ran: this suite may hold more than the process does
     with pytest.raises(RuntimeError, match="ended with 7"):
         run_process([sys.executable, "-c", code, "7"], cwd=tmp_path, env=os.environ)
 

@@ -13,8 +13,8 @@ import pytest
 import regrad_cli.bank
 
 MODULES = sorted(Path(regrad_cli.bank.__path__[0]).glob("*.py"))
-OUTSIDE = {"numpy", "safetensors", "hnswlib", "platformdirs"}
-OURS = ("regrad_cli.bank", "regrad_cli.errors", "regrad_cli.records")
+OUTSIDE = {"numpy", "safetensors", "hnswlib"}
+OURS = ("regrad_cli.bank", "regrad_cli.errors", "regrad_cli.places", "regrad_cli.records")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
