@@ -19,11 +19,11 @@ from regrad_cli.engine import Engine, narrated, open_engine
 from regrad_cli.errors import UsageProblem
 from regrad_cli.models import ModelFolder, resolve_model
 from regrad_cli.records import Answer, Hit, Notice, Piece, Used
+from regrad_cli.settings import MODES
 
 if TYPE_CHECKING:
     from regrad_cli.learn.model import Model
 
-MODES = ("regrad", "both", "rag", "direct")
 GRADIENT_MODES = frozenset({"regrad", "both"})
 PASSAGES_FOUND = 3  # by `query`, where no number is given
 PROMPT_MODES = frozenset({"rag", "both"})
@@ -265,7 +265,7 @@ class Answerer:
             context, weights = self._adaptation(model, hits, options.gamma)
         shown = [hit.passage.training_text for hit in hits] if mode in PROMPT_MODES else []
         prompt = prompt_ids(model, question, shown)
-        limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+        limit = model.positions
         if limit is not None and len(prompt) + options.max_tokens > limit:
             raise UsageProblem(
                 f"the prompt takes {len(prompt)} tokens and the answer up to {options.max_tokens}: more than {limit}",

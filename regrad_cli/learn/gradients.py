@@ -110,7 +110,7 @@ def map_gradients(
 
 def _passes(model: Model, passages: Sequence[Sequence[int]]) -> Iterator[tuple[tuple[int, ...], tuple[int, int]]]:
     """The passages of each pass and its shape (rows, length), shortest first."""
-    limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    limit = model.positions
     buckets: dict[int, list[int]] = {}
     for position, ids in enumerate(passages):
         if len(ids) < 2:

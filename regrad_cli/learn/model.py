@@ -63,6 +63,11 @@ class Model:
             return []
         return list(ends) if isinstance(ends, list | tuple) else [ends]
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens it can read at once; None where its config names no limit."""
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+
     @cached_property
     def has_plain_head(self) -> bool:
         """Whether logits are the last hidden states times the output matrix and nothing else.

@@ -31,8 +31,7 @@ def with_found_step_size(model: Model, prior: Prior) -> Prior:
     A measure of how far a step may go, not of how much an answer gains: that is learned. A quarter, because at the
     full step answers fall into loops (seen on the starter, 2026-11: one word over and over at 1, rarely at 1/4).
     """
-    limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
-    passages = [model.token_ids(text)[:limit] for text in fixed_texts()]
+    passages = [model.token_ids(text)[: model.positions] for text in fixed_texts()]
     found = {}
     for done in passage_gradients(model, prior, passages):
         for row, position in enumerate(done.positions):

@@ -97,6 +97,23 @@ def test_promise_19_model_and_prior_are_bit_identical_however_the_block_ends(
     assert prior.to_bytes() == prior_bytes
 
 
+def test_a_hook_that_ctrl_c_left_behind_does_nothing(
+    model: Model, prior: Prior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (ids,) = random_passages(model, (20,))
+    outside = logits(model, ids)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.hooks.RemovableHandle, "remove", lambda handle: None)
+        with adapted(model, prior):
+            assert not torch.equal(logits(model, ids), outside)
+    try:
+        assert any(projection.module._forward_hooks for projection in model.projections)
+        assert torch.equal(logits(model, ids), outside)
+    finally:
+        for projection in model.projections:
+            projection.module._forward_hooks.clear()
+
+
 def test_an_answer_left_in_the_middle_leaves_nothing_behind(model: Model, prior: Prior) -> None:
     (ids,) = random_passages(model, (20,))
     outside = logits(model, ids)
