@@ -322,7 +322,7 @@ class Answerer:
         engine = self._opened.engine
         rows = self._opened.snapshot.read_rows([hit.ref for hit in hits])
         gradients = engine.codec.decode(rows.codes, rows.scales, model.device)
-        weights = engine.prior.weights_for(len(hits))
+        weights = engine.prior.weights_for([hit.score for hit in hits])
         change = combine(gradients, weights, engine.prior.step_sizes, gamma * float(engine.prior.card["gamma"]))
         return adapted(model, engine.prior, change), weights
 

@@ -254,3 +254,65 @@ class Answer:
     bank: str | None
     partial: bool = False
     notices: tuple[str, ...] = field(default=())
+
+
+# ── tasks to learn from and to measure on, and the events of meta-train ─────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class TaskQuestion:
+    """A question about a task's passages; `answers` are aliases of one answer, the first is what training teaches."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Passages and the questions that they answer."""
+
+    id: str
+    title: str
+    passages: tuple[str, ...]
+    questions: tuple[TaskQuestion, ...]
+
+    @property
+    def training_texts(self) -> tuple[str, ...]:
+        """The exact text of each passage that its gradient is taken on."""
+        return tuple(training_text(self.title, text) for text in self.passages)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """One step of training. `loss` is the mean answer loss of its questions, None where every task was left out."""
+
+    step: int
+    steps: int
+    loss: float | None
+    learning_rate: float
+    elapsed_s: float
+    left_s: float
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """Scores on the dev tasks after `step` steps: {name: mean answer loss}; the lower `chosen`, the better."""
+
+    step: int
+    losses: dict[str, float]
+    chosen: float
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The end of training: the prior in `file` is that of `best_step`."""
+
+    file: str
+    steps: int
+    best_step: int
+    losses: dict[str, float]
+    tasks: int
+    skipped: tuple[str, ...]
+    elapsed_s: float

@@ -107,9 +107,18 @@ class Prior:
     def fingerprint(self) -> str:
         return sha256_hex(self.to_bytes())
 
-    def weights_for(self, count: int) -> list[float]:
-        """The weight of each of `count` retrieved gradients, by the rule of this prior's training: "sum" or "mean"."""
-        return [1.0 if self.card["weights"] == "sum" else 1.0 / count] * count
+    def weights_for(self, scores: Sequence[float]) -> list[float]:
+        """The weight of each retrieved gradient, by the rule of this prior's training.
+
+        scores  how well each passage fits the question, best first
+        rule    "sum": 1 each; "mean": 1/k each; "softmax": exp(score / temperature), normalised to 1
+        """
+        rule = self.card["weights"]
+        if rule == "softmax" and scores:
+            peak = max(scores)
+            raw = [math.exp((score - peak) / float(self.card["temperature"])) for score in scores]
+            return [value / sum(raw) for value in raw]
+        return [1.0 if rule == "sum" else 1.0 / len(scores)] * len(scores)
 
 
 def seeded_prior(

@@ -1,0 +1,75 @@
+"""Question-answering tasks from JSON lines. Knows no model: what a line holds, and what is wrong with one that fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from regrad_cli.errors import UsageProblem
+from regrad_cli.records import Skipped, Task, TaskQuestion
+
+SHAPE = '{"id", "title", "passages": [text, …], "questions": [{"question", "answers": [alias, …]}, …]}'
+
+
+def read_tasks(files: Sequence[Path]) -> tuple[list[Task], list[Skipped]]:
+    """The tasks of all files in order, and the lines that hold none, each with its place and reason.
+
+    raises  UsageProblem where a file cannot be read, or none holds a task
+    """
+    tasks: list[Task] = []
+    skipped: list[Skipped] = []
+    seen: set[str] = set()
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise UsageProblem(f"the tasks {file} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise UsageProblem(f"the tasks {file} are not UTF-8 text", f"tasks are JSON lines: {SHAPE}") from None
+        for found in _tasks(file, lines):
+            if isinstance(found, Task) and found.id in seen:
+                found = Skipped(f"{file}: {found.id}", "another task has this id")
+            if isinstance(found, Task):
+                seen.add(found.id)
+                tasks.append(found)
+            else:
+                skipped.append(found)
+    if not tasks:
+        detail = f" (first: {skipped[0].source}: {skipped[0].reason})" if skipped else ""
+        raise UsageProblem(f"there is no task in {', '.join(map(str, files))}{detail}", f"one line a task: {SHAPE}")
+    return tasks, skipped
+
+
+def _tasks(file: Path, lines: Sequence[str]) -> Iterator[Task | Skipped]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield _task(json.loads(line), f"{file.stem}-{number}")
+        except (ValueError, RecursionError) as error:
+            yield Skipped(f"{file}:{number}", str(error))
+
+
+def _task(data: Any, default_id: str) -> Task:
+    """raises ValueError that says what is wrong"""
+    if not isinstance(data, dict):
+        raise ValueError("a task is a JSON object")
+    passages = _texts(data.get("passages"), "passages")
+    questions = data.get("questions")
+    if not isinstance(questions, list) or not questions:
+        raise ValueError("'questions' must be a list that is not empty")
+    asked = []
+    for question in questions:
+        if not isinstance(question, dict):
+            raise ValueError("a question is an object with 'question' and 'answers'")
+        (text,) = _texts([question.get("question")], "question")
+        asked.append(TaskQuestion(text, _texts(question.get("answers"), "answers")))
+    return Task(str(data.get("id", default_id)), str(data.get("title") or ""), passages, tuple(asked))
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
+        raise ValueError(f"'{name}' must hold text")
+    return tuple(value)
