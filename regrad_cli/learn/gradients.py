@@ -22,7 +22,7 @@ from torch import nn
 
 from regrad_cli.errors import UsageProblem
 from regrad_cli.learn.adapt import Tensors, hooked
-from regrad_cli.learn.model import Model, Projection
+from regrad_cli.learn.model import Model, Projection, attention_for_gradients
 from regrad_cli.learn.prior import Prior
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def map_gradients(
     run = _Passes(model, prior)
     if workers is None:
         workers = min(MAX_WORKERS, torch.get_num_threads())
-    with _attention_for_gradients(model), hooked(model, run.tap_of):
+    with attention_for_gradients(model), hooked(model, run.tap_of):
         if model.device.type != "cpu":
             yield from (then(run.one(passages, positions, shape)) for positions, shape in passes)
             return
@@ -134,21 +134,6 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _attention_for_gradients(model: Model) -> Iterator[None]:
-    """On a CPU, plain matrix products: the fused kernel's backward takes 2–3 times as long at these lengths (measured
-    2026-11 on AVX512-BF16, 192 tokens: 9.9 ms against 4.4 ms a layer)."""
-    usual = model.network.config._attn_implementation
-    if model.device.type != "cpu" or usual != "sdpa":
-        yield
-        return
-    model.network.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.network.set_attn_implementation(usual)
 
 
 class _Passes:

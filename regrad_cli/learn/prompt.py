@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -28,8 +28,9 @@ def prompt_ids(model: Model, question: str, passages: Sequence[str] = ()) -> lis
 
 
 @torch.inference_mode()
-def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
-    """The most likely next token, again and again, until the answer ends; the ending token is not yielded.
+def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Generator[int, None, int | None]:
+    """The most likely next token, again and again, until the answer ends; the ending token is not yielded but returned,
+    None where there was none.
 
     The same tokens as transformers' `generate(do_sample=False)`, one at a time and in the caller's thread, so that
     they can be streamed and interrupted. Between two tokens the caller's own gradient mode is in force.
@@ -43,8 +44,28 @@ def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Iterator[int
         step = output.logits[:, -1:].argmax(dim=-1)  # (1, 1)
         token = int(step)
         if token in ends:
-            return
+            return token
         yield token
+    return None
+
+
+class Kept:
+    """Tokens passed on as they come, and kept: in `ids`, and the one that ended the answer, if any, in `end`."""
+
+    def __init__(self, tokens: Iterator[int]) -> None:
+        self._tokens = tokens
+        self.ids: list[int] = []
+        self.end: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            try:
+                token = next(self._tokens)
+            except StopIteration as stop:
+                self.end = [] if stop.value is None else [stop.value]
+                return
+            self.ids.append(token)
+            yield token
 
 
 def pieces(model: Model, tokens: Iterator[int]) -> Iterator[str]:

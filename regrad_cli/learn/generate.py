@@ -1,0 +1,102 @@
+"""Greedy answers to many prompts at once, each row with weights of its own where that is wanted. Knows no tasks.
+
+A batch gives the tokens that `prompt.greedy` gives one by one. In fp32 a test holds that; in bf16 sums of another
+order move a logit by its last bits, so that where two tokens are nearly tied a batch may take the other one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrad_cli.errors import PriorMismatch
+from regrad_cli.learn.adapt import hooked
+from regrad_cli.learn.model import Model, Projection
+from regrad_cli.learn.prior import Prior
+
+# Prompts in one batch, and their tokens with padding: what a prompt of many passages may take of memory.
+ROWS = {"cpu": 16, "cuda": 128, "mps": 32}
+TOKENS = {"cpu": 8_192, "cuda": 131_072, "mps": 16_384}
+
+
+def batches(model: Model, lengths: Sequence[int]) -> list[list[int]]:
+    """Places of prompts (by their lengths in tokens) in batches of similar lengths, shortest first."""
+    kind = model.device.type
+    rows, tokens = ROWS.get(kind, ROWS["cpu"]), TOKENS.get(kind, TOKENS["cpu"])
+    found: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
+        if not found or len(found[-1]) >= rows or (len(found[-1]) + 1) * lengths[place] > tokens:
+            found.append([])
+        found[-1].append(place)
+    return found
+
+
+@torch.inference_mode()
+def greedy_batch(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """The answer's tokens for each prompt, without the token that ends it; prompts are padded on the left."""
+    ends = set(model.end_ids)
+    width = max(map(len, prompts))
+    step = torch.zeros((len(prompts), width), dtype=torch.long)  # (B, L)
+    mask = torch.zeros_like(step)
+    for row, prompt in enumerate(prompts):
+        step[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    step, mask = step.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    cache = None
+    for _ in range(max_tokens):
+        placed = {"position_ids": positions} if takes_positions else {}
+        output = model.network(
+            input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
+        )
+        cache = output.past_key_values
+        step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
+        tokens = step[:, 0].tolist()
+        going -= {row for row in going if tokens[row] in ends}
+        for row in going:
+            answers[row].append(tokens[row])
+        if not going:
+            break
+        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], dim=1)
+        positions = positions[:, -1:] + 1
+    return answers
+
+
+@contextmanager
+def adapted_rows(model: Model, prior: Prior, changes: Sequence[Mapping[str, torch.Tensor] | None]) -> Iterator[None]:
+    """`adapted` for a batch: row i of what goes through the model inside meets θ + changes[i].
+
+    changes  as many as the batch has rows, {tensor name: (rows, cols)} each; None leaves θ as it is
+    raises   PriorMismatch where prior or changes are not of this model
+    """
+    prior.check(model.projections)
+    shapes = {name: tensor.shape for name, tensor in prior.tensors.items()}
+    for change in changes:
+        if change is not None and {name: tensor.shape for name, tensor in change.items()} != shapes:
+            raise PriorMismatch("a change is of other tensors than the prior", "use the prior the bank was made with")
+
+    def stacked(name: str, scale: float = 1.0) -> torch.Tensor:
+        """(B, rows, cols) in the model's dtype, summed in float32 as `adapted` does."""
+        own = prior.tensors[name]
+        rows = [own if change is None else own + change[name].to(own) for change in changes]
+        return (scale * torch.stack(rows)).to(model.device, model.dtype)
+
+    def hook(projection: Projection) -> Any:
+        a = stacked(projection.name_a).transpose(1, 2)  # (B, inputs, r)
+        b = stacked(projection.name_b, prior.scale).transpose(1, 2)  # (B, r, outputs)
+        return partial(branch, a, b)
+
+    def branch(a: torch.Tensor, b: torch.Tensor, _module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
+        return output + torch.bmm(torch.bmm(inputs[0], a), b)
+
+    with hooked(model, hook):
+        yield

@@ -1,0 +1,321 @@
+"""The meta-gradient: how an answer's loss after the inner step changes with the prior and its step sizes. Knows no file.
+
+One inner step: θ′ = θ − α ⊙ Σᵢ wᵢ gᵢ(θ), with gᵢ the gradient of passage i's document loss. With v = ∇L_question at θ′:
+    ∇θ = v − Σᵢ wᵢ ∇θ⟨gᵢ(θ), α ⊙ v⟩        ∂/∂log αₜ = −αₜ ⟨vₜ, Σᵢ wᵢ gᵢₜ⟩
+which is backpropagation through both levels, without ever holding more than `held_tokens` of the inner graph.
+Source: ReGrad, arXiv 2606.15734. Shapes: P passages, T tasks, Q questions of L tokens, hidden size H, vocabulary V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from regrad_cli.learn.gradients import IGNORED
+from regrad_cli.learn.model import Model
+from regrad_cli.learn.upper import Rows, UpperHalf
+
+Tensors = dict[str, torch.Tensor]
+LowerOf = Callable[[Sequence[int]], torch.Tensor]
+LOGITS = 48 * 49_152  # values that one operation sees at a time
+HELD_TOKENS = {"cpu": 768, "cuda": 16384, "mps": 2048}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A question as the model reads it and the answer that it should give.
+
+    ids     the prompt's tokens, then the answer's, the end of the turn included
+    start   where the answer begins
+    """
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One task of a step: passages with the weights of their gradients (none: the prior answers alone), questions."""
+
+    name: str
+    passages: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...]
+    questions: tuple[Prompted, ...]
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """What one group of episodes gives, summed over them.
+
+    losses      (T,) mean answer loss of each episode's questions
+    tensors     {name: (rows, cols) float32}, ∇θ
+    log_steps   {name: float}, ∂/∂log α
+    """
+
+    losses: torch.Tensor
+    tensors: Tensors
+    log_steps: dict[str, float]
+
+    @property
+    def finite(self) -> bool:
+        values = [self.losses, torch.tensor(list(self.log_steps.values())), *self.tensors.values()]
+        return all(bool(torch.isfinite(value).all()) for value in values)
+
+
+class MetaLearner:
+    """Computes meta-gradients for one model; inside `ready()`, from several threads at a time.
+
+    lower_of    the lower half's output for tokens, (L, H): `UpperHalf.lower`, or a cache of it
+    codec       tensors {name: (P, rows, cols)} → what a bank would give back for them; its own gradient is taken for 1
+                (straight through)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        scale: float,
+        *,
+        first_order: bool = False,
+        codec: Callable[[Tensors], Tensors] | None = None,
+        held_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.upper = UpperHalf(model, scale)
+        self.lower_of: LowerOf = self.upper.lower
+        self._first_order = first_order
+        self._codec = codec
+        self._held_tokens = held_tokens or HELD_TOKENS[model.device.type]
+
+    def ready(self) -> AbstractContextManager[None]:
+        return self.upper.ready()
+
+    def meta_gradient(
+        self, theta: Mapping[str, torch.Tensor], steps: Mapping[str, float], episodes: Sequence[Episode]
+    ) -> MetaGradient:
+        """The meta-gradient of the sum of the episodes' losses.
+
+        theta   {name: (rows, cols) float32}; steps {name: α}
+        """
+        prior = {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in theta.items()}
+        kind = next(iter(theta.values())).dtype
+        passages = [ids for episode in episodes for ids in episode.passages]
+        owners = [place for place, episode in enumerate(episodes) for _ in episode.passages]
+        weights = [weight for episode in episodes for weight in episode.weights]
+        groups = self._groups(passages)
+        hold = len(groups) == 1 and not self._first_order
+        inner = [self._inner([passages[i] for i in group], prior, graph=hold) for group in groups]
+
+        adapted = {}  # {name: (T, rows, cols)}, θ′ of each task
+        moved: Tensors = {}  # {name: (T, rows, cols)}, Σ w g of each task
+        order = [i for group in groups for i in group]
+        member = torch.zeros(len(episodes), len(order), device=self.model.device, dtype=kind)
+        for column, i in enumerate(order):
+            member[owners[i], column] = weights[i]
+        found = {name: torch.cat([part.rows[name].detach().to(kind) for part in inner]) for name in prior} if inner else {}
+        if self._codec is not None and found:
+            found = self._codec(found)
+        for name, tensor in theta.items():
+            start = tensor.to(self.model.device).expand(len(episodes), *tensor.shape)
+            if found:
+                moved[name] = torch.einsum("tp,prc->trc", member, found[name])
+                start = start - steps[name] * moved[name]
+            adapted[name] = start
+        losses, v = self._outer(episodes, adapted)  # v in the type of θ
+
+        total = {name: value.sum(dim=0) for name, value in v.items()}
+        log_steps = dict.fromkeys(prior, 0.0)
+        if found:
+            log_steps = {name: -steps[name] * float((v[name] * moved[name]).sum()) for name in prior}
+        if found and not self._first_order:
+            for group, part in zip(groups, inner, strict=True):
+                owner = torch.tensor([owners[i] for i in group], device=self.model.device)
+                weight = torch.tensor([weights[i] for i in group], device=self.model.device, dtype=kind)[:, None, None]
+                towards = {name: steps[name] * weight * v[name][owner] for name in prior}  # (P, rows, cols)
+                if not hold:
+                    part = self._inner([passages[i] for i in group], prior, graph=True)
+                second = torch.autograd.grad(
+                    list(part.rows.values()),
+                    list(part.leaves.values()),
+                    [towards[name].to(part.rows[name]) for name in part.rows],
+                )
+                for name, value in zip(part.leaves, second, strict=True):
+                    total[name] = total[name] - value.to(kind)
+        return MetaGradient(losses, total, log_steps)
+
+    @torch.no_grad()
+    def losses(
+        self, theta: Mapping[str, torch.Tensor], steps: Mapping[str, float], episodes: Sequence[Episode]
+    ) -> list[list[float]]:
+        """The answer loss of every question of every episode after its inner step; no graph."""
+        found = []
+        for episode in episodes:
+            tensors = {name: tensor.to(self.model.device)[None] for name, tensor in theta.items()}
+            if episode.passages:
+                prior = {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in theta.items()}
+                groups = self._groups(episode.passages)
+                parts = [self._inner([episode.passages[i] for i in group], prior, graph=False) for group in groups]
+                order = [i for group in groups for i in group]
+                weights = torch.tensor([episode.weights[i] for i in order], device=self.model.device)[:, None, None]
+                rows = {name: torch.cat([part.rows[name] for part in parts]).to(theta[name]) for name in prior}
+                if self._codec is not None:
+                    rows = self._codec(rows)
+                for name in prior:
+                    tensors[name] = tensors[name] - steps[name] * (weights * rows[name]).sum(dim=0, keepdim=True)
+            found.append(self._question_losses([episode], tensors).tolist())
+        return found
+
+    def _groups(self, passages: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Places of passages that are computed together, shortest first, each group within the tokens that are held."""
+        groups: list[list[int]] = []
+        for place in sorted(range(len(passages)), key=lambda place: len(passages[place])):
+            if groups and (len(groups[-1]) + 1) * len(passages[place]) <= self._held_tokens:
+                groups[-1].append(place)
+            else:
+                groups.append([place])
+        return groups
+
+    def _inner(self, passages: Sequence[Sequence[int]], prior: Tensors, *, graph: bool) -> _Inner:
+        """Every passage's own gradient of the document loss at θ; with a graph, a function of θ."""
+        ids, lower = self._padded(passages)
+        labels = torch.full_like(ids, IGNORED)
+        for row, passage in enumerate(passages):
+            labels[row, : len(passage) - 1] = ids[row, 1 : len(passage)]
+        with torch.enable_grad():
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in prior.items()}
+            each = {name: leaf.expand(len(passages), *leaf.shape) for name, leaf in leaves.items()}
+            if not graph:  # rows of their own, so that nothing of the sum over them is kept
+                each = {name: tensor.detach().requires_grad_() for name, tensor in each.items()}
+            flat, targets = self.upper.outputs(ids, lower, each).flatten(0, 1), labels.flatten()
+            wanted = (targets != IGNORED).nonzero()[:, 0]
+            shares = torch.tensor([1.0 / (len(passage) - 1) for passage in passages], device=ids.device, dtype=torch.float64)
+            share = shares.repeat_interleave(ids.shape[1])[wanted]
+            loss = self._document_loss(flat[wanted], targets[wanted], share)
+            rows = torch.autograd.grad(loss, list(each.values()), create_graph=graph)
+        return _Inner(dict(zip(each, rows, strict=True)), leaves)
+
+    def _outer(self, episodes: Sequence[Episode], adapted: Tensors) -> tuple[torch.Tensor, Tensors]:
+        """Mean answer loss of each episode (T,) and its gradient at that episode's θ′, {name: (T, rows, cols)}."""
+        leaves = {name: tensor.to(self.model.dtype).detach().requires_grad_() for name, tensor in adapted.items()}
+        counts = [len(episode.questions) for episode in episodes for _ in episode.questions]
+        with torch.enable_grad():
+            each = self._question_losses(episodes, leaves) / torch.tensor(counts, device=self.model.device)
+            gradients = torch.autograd.grad(each.sum(), list(leaves.values()))
+        owners = torch.tensor([place for place, episode in enumerate(episodes) for _ in episode.questions])
+        losses = torch.zeros(len(episodes), dtype=each.dtype).index_add_(0, owners, each.detach().cpu())
+        return losses, {name: value.to(adapted[name]) for name, value in zip(leaves, gradients, strict=True)}
+
+    def _question_losses(self, episodes: Sequence[Episode], tensors: Tensors) -> torch.Tensor:
+        """Mean cross-entropy over each answer's tokens, (Q,) in the episodes' order; tensors {name: (T, rows, cols)}."""
+        questions = [question for episode in episodes for question in episode.questions]
+        owners = [place for place, episode in enumerate(episodes) for _ in episode.questions]
+        order = sorted(range(len(questions)), key=lambda place: len(questions[place].ids))
+        losses: list[torch.Tensor] = [torch.zeros(())] * len(questions)
+        start = 0
+        while start < len(order):  # batches of like lengths: a prompt with passages is ten times one without
+            length = len(questions[order[start]].ids)
+            batch = [place for place in order[start:] if len(questions[place].ids) <= 1.5 * length + 16]
+            start += len(batch)
+            ids, lower = self._padded([questions[place].ids for place in batch])
+            owner = torch.tensor([owners[place] for place in batch], device=ids.device)
+            shared = len(episodes) == 1
+            rows = {name: tensor[0] if shared else tensor[owner] for name, tensor in tensors.items()}
+            outputs = self.upper.outputs(ids, lower, {name: tensor.to(lower.dtype) for name, tensor in rows.items()})
+            for row, place in enumerate(batch):
+                question = questions[place]
+                answer = ids[row, question.start : len(question.ids)]
+                logits = self._logits(outputs[row, question.start - 1 : len(question.ids) - 1])
+                losses[place] = F.cross_entropy(logits, answer)
+        return torch.stack(losses)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids (N, L) and the lower half's output (N, L, H), filled up at the end."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.model.device)
+        lower = pad_sequence([self.lower_of(row).to(self.model.device) for row in rows], batch_first=True)
+        return ids, lower
+
+    def _logits(self, outputs: torch.Tensor) -> torch.Tensor:
+        """(n, V) at least in fp32, from what the upper half gives."""
+        if self.model.has_plain_head:
+            outputs = outputs @ self.model.network.get_output_embeddings().weight.T
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def _document_loss(self, outputs: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """Σ share · cross-entropy of outputs (n, ·) against targets (n,)."""
+        if self.model.has_plain_head:
+            return _HeadLoss.apply(outputs, self.model.network.get_output_embeddings().weight, targets, share)
+        return (F.cross_entropy(self._logits(outputs), targets, reduction="none") * share).sum()
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """Gradients of passages, {name: (P, rows, cols)}, and the leaves they depend on where there is a graph."""
+
+    rows: Rows
+    leaves: Tensors
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Σ share · cross-entropy from hidden (n, H) through weight (V, H), differentiable twice by `hidden`.
+
+    Keeps the softmax in the weights' type, once, where autograd would keep logits, log-softmax and their copies in fp32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, share: torch.Tensor
+    ) -> torch.Tensor:
+        soft = torch.empty(len(hidden), len(weight), dtype=weight.dtype, device=weight.device)  # (n, V)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=weight.device)
+        for part in _chunks(len(hidden), len(weight)):
+            logits = (hidden[part] @ weight.T).to(wide)
+            total = logits.logsumexp(dim=1)
+            loss += ((total - logits.gather(1, targets[part, None])[:, 0]) * share[part]).sum()
+            soft[part] = logits.sub_(total[:, None]).exp_()
+        share = share.to(weight.dtype)[:, None]
+        gradient = share * (soft @ weight - weight[targets])
+        ctx.save_for_backward(hidden, gradient, soft, weight, share)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, gradient, soft, weight, share = ctx.saved_tensors
+        return deltas[0].to(gradient) * _HeadGradient.apply(hidden, gradient, soft, weight, share), None, None, None
+
+
+class _HeadGradient(torch.autograd.Function):
+    """The gradient that `_HeadLoss` found, as a function of `hidden`: its own derivative is the softmax's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _hidden: torch.Tensor,
+        gradient: torch.Tensor,
+        soft: torch.Tensor,
+        weight: torch.Tensor,
+        share: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(soft, weight, share)
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        soft, weight, share = ctx.saved_tensors
+        changes = []
+        for part in _chunks(len(soft), len(weight)):
+            towards = deltas[0][part] @ weight.T  # (n, V)
+            mean = torch.linalg.vecdot(soft[part], towards)[:, None]
+            changes.append(towards.sub_(mean).mul_(soft[part]) @ weight)
+        return share * torch.cat(changes), None, None, None, None
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of tokens whose logits stay in a CPU's caches between one operation and the next."""
+    size = max(16, LOGITS // vocabulary)
+    return (slice(start, start + size) for start in range(0, tokens, size))
