@@ -27,6 +27,7 @@ class Options:
     sizes      passages of ingest's smaller and larger run
     rounds     repetitions of each process
     questions  questions of `answer` and `drift`
+    tasks      tasks that `metatrain` learns from
     """
 
     device: str = "cpu"
@@ -35,6 +36,7 @@ class Options:
     sizes: tuple[int, int] | None = None
     rounds: int | None = None
     questions: int | None = None
+    tasks: int | None = None
 
 
 @dataclass(frozen=True)

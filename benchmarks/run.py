@@ -22,7 +22,7 @@ from benchmarks.bench import Bench, Options, Result, environment, told
 from benchmarks.measure import table
 
 # Those that time whole processes come first: later ones leave torch and a model in this one.
-NAMES = ("startup", "ingest", "cold_ask", "answer", "drift")
+NAMES = ("startup", "ingest", "cold_ask", "answer", "drift", "metatrain")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = """# Results
 
@@ -106,7 +106,7 @@ def _chosen(chosen: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 def _place(folder: Path, device: str, chosen: argparse.Namespace) -> Bench:
     folder.mkdir()
     sizes = None if chosen.sizes is None else tuple(chosen.sizes)
-    kept = {field: getattr(chosen, field) for field in ("model", "embedder", "rounds", "questions")}
+    kept = {field: getattr(chosen, field) for field in ("model", "embedder", "rounds", "questions", "tasks")}
     return Bench(folder, Options(device=device, sizes=sizes, **kept))
 
 
@@ -127,6 +127,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs=2, type=int, metavar=("SMALL", "LARGE"), help="passages of ingest's two runs")
     parser.add_argument("--rounds", type=int, help="repetitions of whole processes")
     parser.add_argument("--questions", type=int, help="questions of answer and drift")
+    parser.add_argument("--tasks", type=int, help="tasks that metatrain learns from; --rounds is how often each")
     parser.add_argument("--model", default="starter")
     parser.add_argument("--embedder", default="minilm")
     chosen = parser.parse_args(arguments)

@@ -27,7 +27,8 @@ class Promise(NamedTuple):
 PROMISES = (
     Promise(
         1,
-        "Killed at any moment of `init`, `ingest` or `bank rm`, the bank opens at the old or the new snapshot",
+        "Killed at any moment of `init`, `ingest` (a move to another prior too) or `bank rm`, the bank opens at the old or "
+        "the new snapshot",
         ("test_ctrl_c_in_ingest_and_again_to_resume_as_a_process",),
     ),
     Promise(
@@ -75,6 +76,8 @@ PROMISES = (
         (
             "test_a_reader_that_loses_the_race_for_a_snapshot_takes_the_newest",
             "test_an_older_snapshot_answers_from_what_it_held",
+            "test_a_reader_keeps_its_snapshot_through_a_move",
+            "test_a_session_of_questions_keeps_its_prior_and_its_rows_through_a_move",
         ),
     ),
     Promise(

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from regrad_cli.adaptation import Adaptation, adaptation_by
 from regrad_cli.bank import Snapshot, open_bank
 from regrad_cli.engine import Engine, narrated, open_engine
 from regrad_cli.errors import UsageProblem
 from regrad_cli.models import ModelFolder, resolve_model
-from regrad_cli.records import Answer, Hit, Notice, Piece, Used
+from regrad_cli.records import Answer, BankSettings, Hit, Notice, Piece, Used
 from regrad_cli.settings import MODES
 
 if TYPE_CHECKING:
     from regrad_cli.learn.model import Model
+    from regrad_cli.retrieval import MinScore, Retriever
 
 GRADIENT_MODES = frozenset({"regrad", "both"})
 PASSAGES_FOUND = 3  # by `query`, where no number is given
@@ -32,14 +34,31 @@ PROMPT_MODES = frozenset({"rag", "both"})
 @dataclass(frozen=True, slots=True)
 class AskOptions:
     """How one question is answered. k: None for as many passages as the prior was made for; gamma: multiplies the
-    prior's own step; min_score: leaves out what fits less.
+    prior's own step; min_score: leaves out passages that score less, "auto" what was measured to be too little, None
+    none; explain: measures what each passage's gradient did.
     """
 
     mode: str = "regrad"
     k: int | None = None
     gamma: float = 1.0
-    min_score: float | None = None
+    min_score: MinScore = "auto"
     max_tokens: int = 128
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.explain and self.mode not in GRADIENT_MODES:
+            raise UsageProblem(
+                f"mode {self.mode} applies no gradients, so there is nothing to explain", "use --mode regrad or both"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What a question found, best first, and the damaged files and rows that were passed over."""
+
+    hits: tuple[Hit, ...] = ()
+    left_out: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 class _Opened:
@@ -54,19 +73,31 @@ class _Opened:
         dtype: str,
         skip_damaged: bool,
         model: str | None = None,
+        search: str = "auto",
         **needs: bool,
     ) -> None:
         self._bank = bank
         self._number = snapshot
+        self._search = search
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, "model": model} | needs
         self._stack = ExitStack()
         self.skip_damaged = skip_damaged
         self.snapshot: Snapshot
         self.engine: Engine | None = None
+        self._retriever: Retriever | None = None
         self.left_out: tuple[str, ...] = ()  # what the last retrieval did without because it is damaged
 
     def open(self) -> None:
         self.snapshot = self._stack.enter_context(open_bank(self._bank, self._number))
+        try:
+            from regrad_cli.retrieval import way_for
+
+            self._way = way_for(self.snapshot.settings, self._search)
+        except UsageProblem:
+            self.close()
+            raise
+        if self._way == "lexical":
+            self._options["with_embedder"] = False
 
     def close(self) -> None:
         self._stack.close()
@@ -80,29 +111,41 @@ class _Opened:
             yield from open_engine(snapshot.settings, prior, snapshot.check, found=engines, **self._options)
             self.engine = engines[0]
 
-    def retrieve(self, question: str, k: int, min_score: float | None, *, warm: bool) -> list[Hit]:
-        assert self.engine is not None, "prepare() comes first"
-        vector = self.engine.question_embedder.encode_query(question)
+    def retrieve(self, question: str, k: int, min_score: MinScore, *, warm: bool) -> list[Hit]:
+        """The best k, those that do not fit among them."""
+        engine = self.engine
+        assert engine is not None, "prepare() comes first"
+        if self._retriever is None:
+            from regrad_cli.retrieval import Retriever
+
+            self._retriever = Retriever(self.snapshot, self._way, skip_damaged=self.skip_damaged)
         # Damaged rows are met anew by each question; a whole shard is missed once and then missing for the session.
         damaged = self.snapshot.damaged
         damaged[:] = [finding for finding in damaged if not finding.what.startswith("row ")]
-        hits = self.snapshot.search(vector[None], k, warm=warm, skip_damaged=self.skip_damaged)[0]
+        hits = self._retriever.find(
+            question, lambda text: engine.question_embedder.encode_query(text), k, min_score=min_score, warm=warm
+        )
         self.left_out = tuple(
             f"{finding.file}: {finding.what}" + "".join(f", document {name}" for name in finding.documents)
             for finding in damaged
         )
-        return [hit for hit in hits if min_score is None or hit.score >= min_score]
+        return hits
 
 
 class Finder:
     """Retrieval alone, for one question or many; no language model is loaded. Used in a `with` block."""
 
     def __init__(
-        self, bank: Path, *, snapshot: int | None = None, device: str = "auto", skip_damaged: bool = False
+        self,
+        bank: Path,
+        *,
+        snapshot: int | None = None,
+        device: str = "auto",
+        skip_damaged: bool = False,
+        search: str = "auto",
     ) -> None:
-        self._opened = _Opened(
-            bank, snapshot=snapshot, device=device, dtype="auto", skip_damaged=skip_damaged, with_model=False
-        )
+        options: dict[str, Any] = {"device": device, "dtype": "auto", "skip_damaged": skip_damaged, "search": search}
+        self._opened = _Opened(bank, snapshot=snapshot, with_model=False, **options)
         self._asked = 0
 
     def __enter__(self) -> Finder:
@@ -114,14 +157,16 @@ class Finder:
     ) -> None:
         self._opened.close()
 
-    def query(self, question: str, *, k: int | None = None, min_score: float | None = None) -> list[Hit]:
-        """The passages nearest to the question, best first.
+    def query(self, question: str, *, k: int | None = None, min_score: MinScore = "auto") -> list[Hit]:
+        """The passages that fit the question best, best first; a number as `min_score` leaves out what scores less,
+        "auto" leaves nothing out and marks what `ask` would leave out.
 
         raises  Damaged where what it needs is damaged, Mismatch for another embedder
         """
         list(self._opened.prepare())
         self._asked += 1
-        return self._opened.retrieve(question, k or PASSAGES_FOUND, min_score, warm=self._asked > 1)
+        hits = self._opened.retrieve(question, k or PASSAGES_FOUND, min_score, warm=self._asked > 1)
+        return hits if min_score == "auto" else fitting(hits)
 
 
 def query(
@@ -129,14 +174,17 @@ def query(
     question: str,
     *,
     k: int | None = None,
-    min_score: float | None = None,
-    snapshot: int | None = None,
-    device: str = "auto",
-    skip_damaged: bool = False,
+    min_score: MinScore = "auto",
+    **options: Any,
 ) -> list[Hit]:
-    """One question to a `Finder`."""
-    with Finder(bank, snapshot=snapshot, device=device, skip_damaged=skip_damaged) as finder:
+    """One question to a `Finder`; `options` are its own."""
+    with Finder(bank, **options) as finder:
         return finder.query(question, k=k, min_score=min_score)
+
+
+def fitting(hits: list[Hit]) -> list[Hit]:
+    """Those that are not known not to fit."""
+    return [hit for hit in hits if hit.fits is not False]
 
 
 class Answerer:
@@ -144,6 +192,7 @@ class Answerer:
 
     bank    None to ask a model alone (mode "direct")
     model   another place of the bank's model; without a bank, the model to ask
+    search  how passages are found: "auto", "fused", "dense" or "lexical" (retrieval.py)
     """
 
     def __init__(
@@ -156,6 +205,7 @@ class Answerer:
         snapshot: int | None = None,
         skip_damaged: bool = False,
         model: str | None = None,
+        search: str = "auto",
     ) -> None:
         unknown = modes - set(MODES)
         if unknown:
@@ -173,10 +223,12 @@ class Answerer:
                 dtype=dtype,
                 skip_damaged=skip_damaged,
                 model=model,
+                search=search,
                 with_embedder=modes != {"direct"},
             )
         self._alone: Model | None = None
         self._asked = 0
+        self._told = False
         self._changes = ExitStack()  # of the answer that is being generated
 
     def __enter__(self) -> Answerer:
@@ -198,10 +250,13 @@ class Answerer:
         if self._opened is not None:
             self._opened.close()
 
-    def ask(self, question: str, options: AskOptions) -> Iterator[Notice | Piece | Answer]:
+    def ask(
+        self, question: str, options: AskOptions, found: Retrieved | None = None
+    ) -> Iterator[Notice | Piece | Answer]:
         """Answers one question; the last event is the Answer. One answer at a time: an earlier one that was left in the
         middle is over when the next begins.
 
+        found   what `retrieve` gave for this question; None to look for passages now
         raises  UsageProblem for an empty or too long question; Damaged where a passage it needs is damaged
         """
         if not question.strip():
@@ -209,29 +264,53 @@ class Answerer:
         if options.mode not in self._modes:
             raise UsageProblem(f"this session answers in {', '.join(sorted(self._modes))}, not in {options.mode}")
         clock = _Clock()
-        model = yield from self._loaded_model()
+        model = yield from self.load()
         clock.lap("load")
-        hits: list[Hit] = []
-        opened = self._opened
-        left_out: tuple[str, ...] = ()
-        if opened is not None and options.mode != "direct":
-            assert opened.engine is not None
-            k = options.k or int(opened.engine.prior.card["k"])
-            hits = opened.retrieve(question, k, options.min_score, warm=self._asked > 0)
-            left_out = opened.left_out
-        self._asked += 1
-        clock.lap("retrieve")
-        yield from self._generate(model, question, options, hits, clock, left_out)
+        if options.mode == "direct":
+            found = Retrieved()
+        if found is None:
+            found = yield from self.retrieve(question, options)
+        clock.lap("retrieve", found.seconds)
+        yield from self._generate(model, question, options, found, clock)
 
-    def _loaded_model(self) -> Generator[Notice, None, Model]:
+    def retrieve(self, question: str, options: AskOptions) -> Generator[Notice, None, Retrieved]:
+        """What the question finds in the bank; loads no language model."""
+        opened = self._opened
+        assert opened is not None, "without a bank there is nothing to retrieve from"
+        yield from opened.prepare()
+        assert opened.engine is not None
+        start = time.perf_counter()
+        k = options.k or int(opened.engine.prior.card["k"])
+        hits = fitting(opened.retrieve(question, k, options.min_score, warm=self._asked > 0))
+        self._asked += 1
+        return Retrieved(tuple(hits), opened.left_out, time.perf_counter() - start)
+
+    def adaptation(self, found: Retrieved, gamma: float) -> Adaptation:
+        """What the passages found make of the prior; at least one. Loads no language model."""
+        assert self._opened is not None and self._opened.engine is not None, "retrieve() comes first"
+        return adaptation_by(self._opened.engine, self._opened.snapshot, found.hits, gamma, self._device)
+
+    @property
+    def settings(self) -> BankSettings:
+        """What the bank was made with."""
+        assert self._opened is not None
+        return self._opened.snapshot.settings
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the bank's model lies, once something was retrieved."""
+        assert self._opened is not None and self._opened.engine is not None, "retrieve() comes first"
+        return self._opened.engine.model_folder
+
+    def load(self) -> Generator[Notice, None, Model]:
         """Loads what every answer needs, once; returns the model."""
         if self._opened is not None:
-            first = self._opened.engine is None
             yield from self._opened.prepare()
             engine = self._opened.engine
             assert engine is not None
             model = engine.model
-            if first:
+            if not self._told:
+                self._told = True
                 yield Notice(f"computing on {engine.description}")
                 if self._modes & GRADIENT_MODES and not engine.settings.prior_trained:
                     yield Notice(
@@ -252,17 +331,18 @@ class Answerer:
         model: Model,
         question: str,
         options: AskOptions,
-        hits: list[Hit],
+        found: Retrieved,
         clock: _Clock,
-        left_out: tuple[str, ...],
     ) -> Iterator[Piece | Answer]:
-        from regrad_cli.learn.prompt import greedy, pieces, prompt_ids
+        from regrad_cli.learn.adapt import adapted
+        from regrad_cli.learn.prompt import Kept, greedy, pieces, prompt_ids
 
-        mode = options.mode
-        weights: list[float] = []
-        context: Any = nullcontext()
+        mode, hits = options.mode, found.hits
+        adaptation: Adaptation | None = None
+        context: AbstractContextManager[None] = nullcontext()
         if hits and mode in GRADIENT_MODES:
-            context, weights = self._adaptation(model, hits, options.gamma)
+            adaptation = self.adaptation(found, options.gamma)
+            context = adapted(model, adaptation.prior, adaptation.change())
         shown = [hit.passage.training_text for hit in hits] if mode in PROMPT_MODES else []
         prompt = prompt_ids(model, question, shown)
         limit = model.positions
@@ -271,42 +351,41 @@ class Answerer:
                 f"the prompt takes {len(prompt)} tokens and the answer up to {options.max_tokens}: more than {limit}",
                 "ask a shorter question, use a smaller -k, or mode regrad",
             )
-        count, text = 0, []
-
-        def counted(tokens: Iterator[int]) -> Iterator[int]:
-            nonlocal count
-            for token in tokens:
-                if self._changes is not changes:
-                    raise RuntimeError("another question was asked before this answer's end")
-                count += 1
-                yield token
-
+        text: list[str] = []
+        tokens = Kept(greedy(model, prompt, options.max_tokens))
         with ExitStack() as changes:
             self._end_answer(changes)  # a consumer may still hold an earlier one that it left in the middle
             changes.enter_context(context)
             clock.lap("adapt")
-            for piece in pieces(model, counted(greedy(model, prompt, options.max_tokens))):
+            for piece in pieces(model, iter(tokens)):
                 text.append(piece)
                 yield Piece(piece)
+                if self._changes is not changes:
+                    raise RuntimeError("another question was asked before this answer's end")
             clock.lap("generate")
         clock.lap("restore")
+        explanation = None
+        if options.explain and adaptation is not None:
+            from regrad_cli.explain import explain
+
+            explanation = explain(model, adaptation, hits, prompt, [*tokens.ids, *tokens.end])
+            clock.lap("explain")
         yield Answer(
             question=question,
             answer="".join(text).strip(),
             mode=mode,
             grounded=bool(hits),
             passages=tuple(
-                Used(p.id, p.source, p.title, hit.score, weights[place] if weights else None, p.text)
-                for place, hit in enumerate(hits)
-                for p in (hit.passage,)
+                used(hit, adaptation.weights[place] if adaptation else None) for place, hit in enumerate(hits)
             ),
-            tokens={"prompt": len(prompt), "answer": count},
+            tokens={"prompt": len(prompt), "answer": len(tokens.ids)},
             seconds=clock.seconds(),
             model=self._opened.snapshot.settings.model_name if self._opened else self._model_name,
             prior=self._opened.snapshot.settings.prior_name if self._opened else None,
             bank=str(self._opened.snapshot.path) if self._opened else None,
-            partial=bool(left_out),
-            notices=left_out,
+            partial=bool(found.left_out),
+            notices=found.left_out,
+            explain=explanation,
         )
 
     def _end_answer(self, following: ExitStack) -> None:
@@ -314,31 +393,26 @@ class Answerer:
         self._changes.close()
         self._changes = following
 
-    def _adaptation(self, model: Model, hits: list[Hit], gamma: float) -> tuple[Any, list[float]]:
-        """The context in which the model answers with these passages' gradients, and their weights."""
-        from regrad_cli.learn.adapt import adapted, combine
 
-        assert self._opened is not None and self._opened.engine is not None
-        engine = self._opened.engine
-        rows = self._opened.snapshot.read_rows([hit.ref for hit in hits])
-        gradients = engine.codec.decode(rows.codes, rows.scales, model.device)
-        weights = engine.prior.weights_for([hit.score for hit in hits])
-        change = combine(gradients, weights, engine.prior.step_sizes, gamma * float(engine.prior.card["gamma"]))
-        return adapted(model, engine.prior, change), weights
+def used(hit: Hit, weight: float | None) -> Used:
+    """A hit as an answer names it; `weight` is what its gradient got."""
+    passage = hit.passage
+    return Used(passage.id, passage.source, passage.title, hit.score, weight, passage.text)
 
 
 class _Clock:
-    """Seconds of an answer's stages, by wall clock. On CUDA a stage ends when its work was handed over, not done."""
+    """Seconds of an answer's stages, by wall clock; "explain" only where there was one. On CUDA a stage ends when its
+    work was handed over, not done."""
 
     def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._laps = dict.fromkeys(("load", "retrieve", "adapt", "generate", "restore"), 0.0)
 
-    def lap(self, stage: str) -> None:
-        """Ends a stage: what passed since the last end is its own."""
+    def lap(self, stage: str, seconds: float | None = None) -> None:
+        """Ends a stage: what passed since the last end is its own, or `seconds` where that was done before."""
         now = time.perf_counter()
-        self._laps[stage] += now - self._last
+        self._laps[stage] = now - self._last if seconds is None else seconds
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        return self._laps | {"total": self._last - self._start}
+        return self._laps | {"total": sum(self._laps.values())}

@@ -9,14 +9,16 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from regrad_cli.errors import Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import Fingerprint, fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
-from regrad_cli.records import BankSettings, Notice, Passage
+from regrad_cli.records import BankSettings, CodecSettings, Notice, Passage, sha256_hex
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ABSENT = Path("not needed here")
+SHIPPED = "shipped"  # in a prior's place: the one that comes with regrad for this model
 
 
 def narrated(work: Callable[..., T], found: list[T]) -> Iterator[Notice]:
@@ -128,8 +131,8 @@ class Engine:
         """Where it computes, for people: loads the model."""
         return f"{self.model.device}, {str(self.model.dtype).removeprefix('torch.')}"
 
-    def rows(self, passages: Sequence[Passage]) -> Generator[int, None, NewRows]:
-        """The bank rows of passages, returned at the end; yields how many gradients are done, after every pass."""
+    def gradients(self, passages: Sequence[Passage]) -> Generator[int, None, tuple[np.ndarray, np.ndarray, list[bool]]]:
+        """Codes, scales and finite of passages, as in NewRows; yields how many are done, after every pass."""
         import numpy as np
 
         from regrad_cli.learn.gradients import map_gradients
@@ -148,6 +151,13 @@ class Engine:
                     codes[position], scales[position], finite[position] = code[row], scale[row], True
             done += len(part.positions)
             yield done
+        return codes, scales, finite
+
+    def rows(self, passages: Sequence[Passage]) -> Generator[int, None, NewRows]:
+        """The bank rows of passages, returned at the end; yields how many gradients are done, after every pass."""
+        import numpy as np
+
+        codes, scales, finite = yield from self.gradients(passages)
         texts = [passage.embedding_text for passage in passages]
         try:
             embeddings = self.embedder.encode(texts).astype(np.float16)
@@ -214,44 +224,93 @@ def new_settings(
     raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior
     """
     from regrad_cli.embed import load_embedder
-    from regrad_cli.learn.codec import Codec, parse_codec
-    from regrad_cli.learn.prior import Prior
+    from regrad_cli.learn.codec import parse_codec
 
     quiet_libraries()
     codec_settings = parse_codec(codec)
     _refuse_too_long(model, chunk_tokens)
     identity = fingerprint(model.path)
-    if prior_file is not None:
-        prior = _read_prior(prior_file, model.name, identity)
-    else:
-        from regrad_cli.learn.model import load_model
-        from regrad_cli.learn.prior import seeded_prior
-        from regrad_cli.learn.steps import with_found_step_size
-
-        # In fp32 on the CPU whatever will compute later, so that one seed is one prior on every machine.
-        loaded = load_model(model.path, device="cpu", dtype="fp32")
-        prior = with_found_step_size(loaded, seeded_prior(loaded, identity.model, seed=seed))
-    data = prior.to_bytes()
-    layout = Codec(codec_settings, prior.shapes)
+    prior = prior_for(model, identity, prior_file, seed=seed)
+    fields, data = _fields_of(prior, codec_settings)
     settings = BankSettings(
         model=identity.model,
         model_name=model.name,
         tokenizer=identity.tokenizer,
-        prior=Prior.from_bytes(data).fingerprint,
-        prior_name=str(prior.card["name"]),
-        prior_trained=prior.trained,
-        tensors=prior.shapes,
         codec=codec_settings,
-        code_bytes=layout.code_bytes,
-        scale_count=layout.scale_count,
         embedder=fingerprint_embedder(embedder.path),
         embedder_name=embedder.name,
         embedding_dim=load_embedder(embedder.path, device="cpu").dimension,
         chunk_tokens=chunk_tokens,
         chunk_overlap=chunk_overlap,
         keep_text=keep_text,
+        **fields,
     )
     return settings, data
+
+
+def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettings, bytes]:
+    """A bank's settings as they are under another prior, and that prior's bytes.
+
+    prior_file  "shipped" for the one that comes with regrad for the bank's model
+    raises      Mismatch where the prior was trained for another model; Damaged where the file is no prior;
+                UsageProblem where there is none
+    """
+    from regrad_cli.learn.prior import Prior
+
+    quiet_libraries()
+    if str(prior_file) == SHIPPED:
+        shipped = shipped_prior(Fingerprint(settings.model, settings.tokenizer))
+        if shipped is None:
+            raise UsageProblem(f"no prior of {settings.model_name} comes with regrad", "name a file: --prior FILE")
+        prior = Prior.from_bytes(shipped, "the prior that comes with regrad")
+    else:
+        prior = _read_prior(prior_file, settings.model_name, settings.model)
+    fields, data = _fields_of(prior, settings.codec)
+    return replace(settings, **fields), data
+
+
+def _fields_of(prior: Prior, codec: CodecSettings) -> tuple[dict[str, Any], bytes]:
+    """The fields of a bank's settings that a prior decides, and its bytes as the bank keeps them."""
+    from regrad_cli.learn.codec import Codec
+
+    data = prior.to_bytes()
+    layout = Codec(codec, prior.shapes)
+    fields = {
+        "prior": sha256_hex(data),
+        "prior_name": str(prior.card["name"]),
+        "prior_trained": prior.trained,
+        "tensors": prior.shapes,
+        "code_bytes": layout.code_bytes,
+        "scale_count": layout.scale_count,
+    }
+    return fields, data
+
+
+def shipped_prior(identity: Fingerprint) -> bytes | None:
+    """The prior that comes with regrad for this very model, named by its fingerprint; None for any other."""
+    file = files("regrad_cli") / "data" / f"prior-{identity.model[:16]}.safetensors"
+    return file.read_bytes() if file.is_file() else None
+
+
+def prior_for(model: ModelFolder, identity: Fingerprint, file: Path | None, *, seed: int) -> Prior:
+    """The prior in this file; without one, the model's own that comes with regrad; without that, a seeded start.
+
+    raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior
+    """
+    from regrad_cli.learn.prior import Prior
+
+    if file is not None:
+        return _read_prior(file, model.name, identity.model)
+    shipped = shipped_prior(identity)
+    if shipped is not None:
+        return Prior.from_bytes(shipped, "the prior that comes with regrad")
+    from regrad_cli.learn.model import load_model
+    from regrad_cli.learn.prior import seeded_prior
+    from regrad_cli.learn.steps import with_found_step_size
+
+    # In fp32 on the CPU whatever will compute later, so that one seed is one prior on every machine.
+    loaded = load_model(model.path, device="cpu", dtype="fp32")
+    return with_found_step_size(loaded, seeded_prior(loaded, identity.model, seed=seed))
 
 
 def _refuse_too_long(model: ModelFolder, chunk_tokens: int) -> None:
@@ -271,7 +330,8 @@ def _refuse_too_long(model: ModelFolder, chunk_tokens: int) -> None:
         )
 
 
-def _read_prior(file: Path, model_name: str, identity: Fingerprint) -> Any:
+def _read_prior(file: Path, model_name: str, model: str) -> Prior:
+    """The prior in a file; `model` is the fingerprint of the model that it must be of."""
     from regrad_cli.learn.prior import Prior
 
     try:
@@ -279,10 +339,10 @@ def _read_prior(file: Path, model_name: str, identity: Fingerprint) -> Any:
     except OSError as error:
         raise UsageProblem(f"the prior {file} cannot be read: {error.strerror}") from None
     prior = Prior.from_bytes(data, str(file))
-    if prior.card.get("model") != identity.model:
+    if prior.card.get("model") != model:
         raise Mismatch(
             f"the prior {file} was trained for model {str(prior.card.get('model'))[:12]}…, "
-            f"and {model_name} is {identity.model[:12]}…",
-            "use the model that it was trained for, or leave --prior out",
+            f"and {model_name} is {model[:12]}…",
+            "use the model that it was trained for, or a prior of this one",
         )
     return prior

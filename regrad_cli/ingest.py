@@ -24,6 +24,7 @@ from regrad_cli.characters import printable_name
 from regrad_cli.documents import read_documents, read_stream
 from regrad_cli.engine import Engine, NewRows, narrated, open_engine
 from regrad_cli.errors import UsageProblem
+from regrad_cli.fingerprints import fingerprint
 from regrad_cli.models import ModelFolder, resolve_embedder, resolve_model
 from regrad_cli.passages import split
 from regrad_cli.records import (
@@ -91,7 +92,7 @@ def initialise(
         lambda report: (resolve_model(model, report=report), resolve_embedder(embedder, report=report)), folders
     )
     language, vectors = folders[0]
-    if prior is None:
+    if prior is None and engine.shipped_prior(fingerprint(language.path)) is None:
         yield Notice(
             "no prior has been learned for this model: starting from an untrained one "
             "(its step size is sought on the CPU, in fp32)"
@@ -132,6 +133,8 @@ def ingest(bank: Path, options: IngestOptions) -> Iterator[Event]:
             dtype=options.dtype,
             found=engines,
         )
+        if snapshot.stats()["move"] is not None:
+            yield Notice("this bank is on its way to another prior: `regrad ingest --stale` goes on with that")
         run = _Run(bank, options, snapshot, writer, engines[0])
         yield from run.work()
         yield run.summary(time.perf_counter() - started)
@@ -206,9 +209,6 @@ class _Run:
             self.writer.finish()
 
     def summary(self, seconds: float) -> IngestSummary:
-        settings = self.settings
-        row_bytes = settings.code_bytes + 2 * settings.scale_count + 2 * settings.embedding_dim + 64
-        text_bytes = 6 * settings.chunk_tokens if settings.keep_text else 0
         dry = self.writer is None
         return IngestSummary(
             documents=self.documents,
@@ -221,7 +221,7 @@ class _Run:
             seconds=seconds,
             snapshot=None if self.writer is None else self.writer.snapshot.number,
             dry_run=dry,
-            estimated_bytes=self.added * (row_bytes + text_bytes) if dry else 0,
+            estimated_bytes=self.added * self.settings.estimated_row_bytes if dry else 0,
             estimated_seconds=self.added * self.seconds_a_passage,
         )
 

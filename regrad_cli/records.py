@@ -77,7 +77,12 @@ class Passage:
     @property
     def embedding_text(self) -> str:
         """The exact text that is embedded for retrieval."""
-        return f"{self.title}. {self.text}" if self.title else (self.text or "")
+        return embedding_text(self.title, self.text or "")
+
+
+def embedding_text(title: str, text: str) -> str:
+    """Title and text as one passage for retrieval."""
+    return f"{title}. {text}" if title else text
 
 
 def training_text(title: str, text: str) -> str:
@@ -143,6 +148,12 @@ class BankSettings:
     chunk_overlap: int = 24
     keep_text: bool = True
 
+    @property
+    def estimated_row_bytes(self) -> int:
+        """About what one more row takes on disk, its text included."""
+        row = self.code_bytes + 2 * self.scale_count + 2 * self.embedding_dim + 64
+        return row + (6 * self.chunk_tokens if self.keep_text else 0)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"tensors": [list(tensor) for tensor in self.tensors]}
 
@@ -161,11 +172,20 @@ class RowRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A retrieved passage: its place, its cosine similarity to the question, and the passage itself."""
+    """A retrieved passage: its place, how well it fits the question, and the passage itself.
+
+    score    what hits are ordered by, at most 1: comparable from question to question, not from one way of searching to
+             another
+    dense    the cosine of the embeddings, lexical the share of the question's words, from 0 to 1, where they were taken
+    fits     whether the score reaches what a passage must; None where nothing is asked of it
+    """
 
     ref: RowRef
     score: float
     passage: Passage
+    dense: float | None = None
+    lexical: float | None = None
+    fits: bool | None = None
 
 
 # ── events that use cases yield, and that render.py prints ──────────────────────────────────────────────────────────
@@ -180,11 +200,14 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the work is. `total` is None while it is not known."""
+    """How far the work is. `total` is None while it is not known; `note` says how it goes, in a word or two; `left_s`
+    is the time left where the work knows it better than its own pace tells."""
 
     stage: str
     done: int
     total: int | None
+    note: str = ""
+    left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +225,9 @@ class DocumentDone:
 
 @dataclass(frozen=True, slots=True)
 class IngestSummary:
-    """The end of an ingest. `replaced` counts documents whose earlier text went; `removed` documents that were pruned.
-    With --dry-run, `added` is what would be added, and `estimated_bytes` what it would take on disk."""
+    """The end of an ingest. `replaced` counts documents whose earlier text went; `removed` documents that were pruned;
+    `recomputed` passages that a move to another prior computed now. With --dry-run, `added` and `recomputed` are what
+    would be, and `estimated_bytes` what it would take on disk."""
 
     documents: int = 0
     passages: int = 0
@@ -211,6 +235,7 @@ class IngestSummary:
     unchanged: int = 0
     replaced: int = 0
     removed: int = 0
+    recomputed: int = 0
     skipped: tuple[Skipped, ...] = ()
     seconds: float = 0.0
     snapshot: int | None = None
@@ -239,8 +264,29 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Effect:
+    """What one passage's gradient did: by how many nats the answer's log-probability is higher with it than without."""
+
+    id: str
+    weight: float
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The log-probability of an answer, its end included, in nats: as it was given, by the prior alone, by the base
+    model; and what each passage did."""
+
+    log_probability: float
+    without_gradients: float
+    base_model: float
+    passages: tuple[Effect, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """One answered question. `grounded` is False where the untouched base model answered because nothing fitted."""
+    """One answered question. `grounded` is False where the untouched base model answered because nothing fitted;
+    `explain` is there where it was asked for and gradients were applied."""
 
     question: str
     answer: str
@@ -252,6 +298,40 @@ class Answer:
     model: str
     prior: str | None
     bank: str | None
+    partial: bool = False
+    notices: tuple[str, ...] = field(default=())
+    explain: Explanation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One question's answers in several modes. Loading (once a session) and retrieval happened once, in these seconds;
+    the retrieval counts in each answer that used it as well.
+    """
+
+    question: str
+    answers: tuple[Answer, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An adapter that was written: the folder, what it holds, and the passages that it was made of.
+
+    prompt    what the user's turn has to say for the question to be answered as `ask` does
+    modules   how many of the model's modules it adapts
+    """
+
+    path: str
+    question: str
+    prompt: str
+    base_model: str
+    prior: str
+    bank: str
+    rank: int
+    modules: int
+    size_bytes: int
+    passages: tuple[Used, ...]
     partial: bool = False
     notices: tuple[str, ...] = field(default=())
 
@@ -281,6 +361,11 @@ class Task:
         """The exact text of each passage that its gradient is taken on."""
         return tuple(training_text(self.title, text) for text in self.passages)
 
+    @property
+    def embedding_texts(self) -> tuple[str, ...]:
+        """The exact text of each passage that is embedded to find it."""
+        return tuple(embedding_text(self.title, text) for text in self.passages)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
@@ -297,17 +382,24 @@ class TrainStep:
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """Scores on the dev tasks after `step` steps: {name: mean answer loss}; the lower `chosen`, the better."""
+    """Scores on the dev tasks after `step` steps: {name: mean answer loss}; the lower `chosen`, the better.
+
+    skipped     tasks whose loss is not finite, each with its reason; they are in no mean
+    """
 
     step: int
     losses: dict[str, float]
-    chosen: float
+    chosen: float | None
     best: bool
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The end of training: the prior in `file` is that of `best_step`."""
+    """The end of training: the prior in `file` is that of `best_step`.
+
+    skipped     every task that was left out, by name with the reason
+    """
 
     file: str
     steps: int
@@ -315,4 +407,105 @@ class Trained:
     losses: dict[str, float]
     tasks: int
     skipped: tuple[str, ...]
+    elapsed_s: float
+
+
+# ── the events of eval ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One answer of an evaluation, with its exact match and F1 (0 to 100).
+
+    number      the question's place among all that are asked: answers of all modes to it belong together
+    mode        how it was answered; with "@N", in a measurement of drift with N passages
+    answers     the aliases that are right
+    seconds     its share of the time of the batch it was answered in: gradients applied and tokens generated
+    passages    sources or titles of what the answer was given from; empty where from nothing
+    run         for mode random, which of its seeds
+    """
+
+    number: int
+    dataset: str
+    task: str
+    question: str
+    answers: tuple[str, ...]
+    mode: str
+    answer: str
+    em: float
+    f1: float
+    seconds: float
+    prompt_tokens: int
+    answer_tokens: int
+    passages: tuple[str, ...] = ()
+    run: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModeScore:
+    """Means over questions: EM and F1 from 0 to 100, F1 with its bootstrap interval, seconds and tokens an answer."""
+
+    em: float
+    f1: float
+    f1_low: float
+    f1_high: float
+    seconds: float
+    prompt_tokens: float
+    answer_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Mean difference of two modes' F1 over the same questions, with its paired bootstrap interval."""
+
+    f1: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Every mode on one set of questions. differences: {"one - other": …}; retrieval: {"recall@1": share 0 to 1, …},
+    None where passages were given."""
+
+    tasks: int
+    questions: int
+    modes: dict[str, ModeScore]
+    differences: dict[str, Difference]
+    retrieval: dict[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class DriftPoint:
+    """A method after it was given `passages` passages.
+
+    distance    of the base weights from their start, relative to their norm; exactly 0.0 where no bit has changed
+    perplexity  of a fixed text, by the model as it is between questions
+    f1          on the same questions for every point, 0 to 100
+    seconds     that adding the passages took, since the point before
+    retrieval   {"recall@1": …} where the answers came from a bank
+    """
+
+    method: str
+    passages: int
+    distance: float
+    perplexity: float
+    em: float
+    f1: float
+    f1_low: float
+    f1_high: float
+    seconds: float
+    retrieval: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The end of an evaluation: all files pooled, each file by itself, and what it was run with."""
+
+    pooled: Scores
+    datasets: dict[str, Scores]
+    drift: tuple[DriftPoint, ...]
+    drift_questions: int
+    settings: dict[str, Any]
+    skipped: tuple[Skipped, ...]
     elapsed_s: float

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -261,15 +262,24 @@ class Terminal:
         task = self._tasks.get(event.stage)
         if task is None:
             task = self._tasks[event.stage] = self._bars.add_task(visible_line(event.stage), total=event.total)
-        self._bars.update(task, completed=event.done, total=event.total)
+        described = visible_line(f"{event.stage}  {event.note}" if event.note else event.stage)
+        self._bars.update(task, completed=event.done, total=event.total, description=described, left_s=event.left_s)
 
     def _start_bars(self) -> Any:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
+        from rich.text import Text
+
+        class Left(TimeRemainingColumn):
+            def render(self, task: Any) -> Any:
+                left_s = task.fields.get("left_s")
+                if left_s is None:
+                    return super().render(task)
+                return Text(str(timedelta(seconds=round(left_s))), "progress.remaining")
 
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         console = self._console(self.stderr, self.err_is_terminal, None)
-        bars = Bars(*columns, TimeRemainingColumn(compact=True), console=console, transient=True, refresh_per_second=5)
+        bars = Bars(*columns, Left(compact=True), console=console, transient=True, refresh_per_second=5)
         bars.start()
         return bars
 

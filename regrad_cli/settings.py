@@ -17,6 +17,7 @@ from typing import Any
 from regrad_cli.errors import UsageProblem
 
 MODES = ("regrad", "both", "rag", "direct")
+SEARCHES = ("auto", "fused", "dense", "lexical")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -26,7 +27,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 class Setting:
     """One thing that can be set, by flag, variable, config file or (where `of_bank`) by the bank itself.
 
-    kind       "text", "int", "float", "bool", "choice" or "device"
+    kind       "text", "int", "float", "bool", "choice", "device" or "score" (a number, "auto" or "none")
     minimum    smallest value of a number
     """
 
@@ -50,7 +51,9 @@ class Setting:
         """
         if self.kind == "bool":
             return self._bool(value, where)
-        if self.kind in ("int", "float"):
+        if self.kind == "score" and value in ("auto", "none"):
+            return None if value == "none" else value
+        if self.kind in ("int", "float", "score"):
             return self._number(value, where)
         if not isinstance(value, str) or not value:
             raise UsageProblem(f"{where}: {self.name} takes text, not {value!r}")
@@ -72,7 +75,7 @@ class Setting:
 
     def _number(self, value: Any, where: str) -> int | float:
         kind: type[int] | type[float] = int if self.kind == "int" else float
-        wanted = "a whole number" if self.kind == "int" else "a number"
+        wanted = {"int": "a whole number", "score": "auto, none or a number"}.get(self.kind, "a number")
         if self.minimum is not None:
             wanted += f" of at least {self.minimum:g}"
         wrong = UsageProblem(f"{where}: {self.name} is {wanted}, not '{value}'")
@@ -105,7 +108,8 @@ SETTINGS: dict[str, Setting] = {
             "k", None, "int", "passages that are retrieved; otherwise as many as the prior was made for", minimum=1
         ),
         Setting("gamma", 1.0, "float", "strength of the passages' gradients", minimum=0),
-        Setting("min_score", None, "float", "least similarity of a passage that is used"),
+        Setting("search", "auto", "choice", "how passages are found", choices=SEARCHES),
+        Setting("min_score", "auto", "score", "least score of a passage that is used"),
         Setting("max_tokens", 128, "int", "longest answer, in tokens", minimum=1),
     )
 }

@@ -1,4 +1,4 @@
-"""Question-answering tasks from JSON lines. Knows no model: what a line holds, and what is wrong with one that fails."""
+"""Question-answering tasks from JSON lines. Knows no model: what a line holds, or what is wrong with it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ def read_tasks(files: Sequence[Path]) -> tuple[list[Task], list[Skipped]]:
     tasks: list[Task] = []
     skipped: list[Skipped] = []
     seen: set[str] = set()
-    for file in files:
+    stems = [file.stem for file in files]
+    for place, file in enumerate(files):
+        unnamed = file.stem if stems.count(file.stem) == 1 else f"{file.stem}-{place + 1}"
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            # Not splitlines(): what it takes for the end of a line, such as U+2028, may stand inside of JSON.
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except OSError as error:
             raise UsageProblem(f"the tasks {file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise UsageProblem(f"the tasks {file} are not UTF-8 text", f"tasks are JSON lines: {SHAPE}") from None
-        for found in _tasks(file, lines):
+        for found in _tasks(file, lines, unnamed):
             if isinstance(found, Task) and found.id in seen:
                 found = Skipped(f"{file}: {found.id}", "another task has this id")
             if isinstance(found, Task):
@@ -42,12 +45,17 @@ def read_tasks(files: Sequence[Path]) -> tuple[list[Task], list[Skipped]]:
     return tasks, skipped
 
 
-def _tasks(file: Path, lines: Sequence[str]) -> Iterator[Task | Skipped]:
+def _tasks(file: Path, lines: Sequence[str], unnamed: str) -> Iterator[Task | Skipped]:
+    """`unnamed`: what the id of a task without one begins with."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield _task(json.loads(line), f"{file.stem}-{number}")
+            data = json.loads(line)
+            json.dumps(data, ensure_ascii=False).encode()
+            yield _task(data, f"{unnamed}-{number}")
+        except UnicodeEncodeError:
+            yield Skipped(f"{file}:{number}", "it holds half of a character (a lone surrogate)")
         except (ValueError, RecursionError) as error:
             yield Skipped(f"{file}:{number}", str(error))
 
@@ -66,7 +74,8 @@ def _task(data: Any, default_id: str) -> Task:
             raise ValueError("a question is an object with 'question' and 'answers'")
         (text,) = _texts([question.get("question")], "question")
         asked.append(TaskQuestion(text, _texts(question.get("answers"), "answers")))
-    return Task(str(data.get("id", default_id)), str(data.get("title") or ""), passages, tuple(asked))
+    given = data.get("id")
+    return Task(default_id if given is None else str(given), str(data.get("title") or ""), passages, tuple(asked))
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:

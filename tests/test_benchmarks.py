@@ -258,6 +258,43 @@ def test_the_plain_loop_computes_the_same_gradients_as_regrad(tiny_model_folder,
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
+def test_the_double_backward_loop_takes_the_same_steps_as_regrad(tiny_model_folder, tiny_embedder_folder, tmp_path):
+    import torch
+
+    from benchmarks import metatrain
+    from regrad_cli.learn.meta import MetaLearner
+    from regrad_cli.learn.model import load_model
+    from regrad_cli.learn.prior import seeded_prior
+
+    names = {"model": str(tiny_model_folder), "embedder": str(tiny_embedder_folder)}
+    options = bench.Options(rounds=2, tasks=6, **names)
+    place = bench.Bench(tmp_path, options)
+    model = load_model(tiny_model_folder, device="cpu", dtype="fp32")
+    learned, others = metatrain.split(6)
+    assert len(learned) == 6 and len(others) == 8 and not set(learned) & set(others)
+    drawn = [episode for batch in metatrain.drawn(place, options, model, learned, 2) for episode in batch]
+    assert len(drawn) > metatrain.BATCH and any(len(episode.passages) > 1 for episode in drawn)
+    prior = seeded_prior(model, "0" * 64, rank=2)
+    theta = {name: tensor + 0.05 for name, tensor in prior.tensors.items()}
+    learner = MetaLearner(model, prior.scale)
+    logs = dict.fromkeys(theta, -1.0)
+    for episode in drawn[:4]:
+        plain = metatrain.gradient(model, theta, logs, episode)
+        with learner.ready():
+            ours = learner.meta_gradient(theta, {name: torch.tensor(-1.0).exp().item() for name in theta}, [episode])
+        torch.testing.assert_close(ours.losses, plain.losses, rtol=1e-4, atol=1e-5)
+        for name in theta:
+            torch.testing.assert_close(ours.tensors[name], plain.tensors[name], rtol=1e-3, atol=1e-5)
+            assert ours.log_steps[name] == pytest.approx(plain.log_steps[name], rel=1e-2, abs=1e-5)
+    assert not any(module._forward_hooks for module in model.network.modules())
+
+    result = metatrain.run(place, options)
+    speed, loss = result.figures
+    assert speed.value > 0 and speed.ratio > 0 and speed.target.bound == 3
+    assert loss.ratio == pytest.approx(1, abs=0.05) and loss.value < 20
+    assert re.search(r"^\d+ tasks in 3 steps of 4, each of 6 tasks", result.notes[0])
+
+
 def test_operations_are_counted_by_the_formula(tiny_model_folder, tiny_embedder_folder):
     from benchmarks import flops
 

@@ -101,7 +101,7 @@ def test_what_is_heavy_is_imported_late(path):
     assert [name for name in imports(path, top_only=True) if belongs(name, *HEAVY)] == []
 
 
-@pytest.mark.parametrize("path", of("documents.py", "embed.py", "models.py", "readers.py"), ids=name_of)
+@pytest.mark.parametrize("path", of("documents.py", "embed.py", "lexical.py", "models.py", "readers.py"), ids=name_of)
 def test_subjects_are_unaware_of_the_halves(path):
     forbidden = [f"regrad_cli.{name}" for name in ("bank", "learn", "ingest", "answer")]
     assert [name for name in imports(path) if belongs(name, *forbidden)] == []

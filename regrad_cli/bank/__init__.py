@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from regrad_cli.bank.damage import DamagedFile, DamagedRow, Finding
     from regrad_cli.bank.history import log
     from regrad_cli.bank.layout import locate_bank
+    from regrad_cli.bank.move import MovingWriter, move_bank, rows_to_move
     from regrad_cli.bank.opening import open_bank
     from regrad_cli.bank.snapshot import Rows, Snapshot
     from regrad_cli.bank.verification import verify
@@ -25,6 +26,9 @@ _PLACES = {
     "Finding": "damage",
     "log": "history",
     "locate_bank": "layout",
+    "MovingWriter": "move",
+    "move_bank": "move",
+    "rows_to_move": "move",
     "Rows": "snapshot",
     "Snapshot": "snapshot",
     "open_bank": "opening",
@@ -38,14 +42,17 @@ __all__ = [
     "DamagedFile",
     "DamagedRow",
     "Finding",
+    "MovingWriter",
     "Rows",
     "Snapshot",
     "Writer",
     "create_bank",
     "locate_bank",
     "log",
+    "move_bank",
     "open_bank",
     "remove_documents",
+    "rows_to_move",
     "verify",
     "write_bank",
 ]

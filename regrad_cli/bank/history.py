@@ -35,6 +35,7 @@ def log(path: Path) -> list[dict[str, Any]]:
                 "snapshot": number,
                 "time": manifest.time,
                 "operation": manifest.operation,
+                "prior": manifest.settings.prior_name,
                 "parent": manifest.parent[0] if manifest.parent is not None else None,
                 "documents": manifest.counts.documents,
                 "passages": manifest.counts.passages,

@@ -19,7 +19,8 @@ from regrad_cli.records import BankSettings, canonical_json, sha256_hex
 
 FORMAT_VERSION = 1
 READER_FLAGS: frozenset[str] = frozenset()  # features a reader must know; none yet
-WRITER_FLAGS: frozenset[str] = frozenset()  # features only a writer must know; none yet
+MOVE = "move"
+WRITER_FLAGS = frozenset({MOVE})  # features only a writer must know: that a move is under way
 MANIFEST_LIMIT = 32 << 20  # bytes; about 30,000 shards. What a hostile manifest can cost is bounded by it.
 SHARD_ROWS = 4096
 MAX_DIMENSION = 1 << 16
@@ -89,6 +90,21 @@ class IndexEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """A move to another prior that is under way: what the bank will be made for, and the rows it has there so far.
+    They count for nothing until one commit puts all of it in the place of the bank's own."""
+
+    settings: BankSettings
+    prior: FileEntry
+    shards: tuple[ShardEntry, ...] = ()
+
+    @property
+    def passages(self) -> int:
+        """Rows so far; some may be of passages that were changed or removed since."""
+        return sum(shard.live for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """Live documents, passages and their tokens; rows that are removed but still there."""
 
@@ -116,18 +132,25 @@ class Manifest:
     counts: Counts
     reader_flags: tuple[str, ...] = ()
     writer_flags: tuple[str, ...] = ()
+    move: Move | None = None
     sha256: str = ""
 
     @property
     def name(self) -> str:
         return layout.snapshot_name(self.number)
 
+    @property
+    def parts(self) -> tuple[Manifest | Move, ...]:
+        """What holds rows, each under a prior of its own: the bank, and the move that is under way."""
+        return (self,) if self.move is None else (self, self.move)
+
     def files(self) -> Iterator[tuple[str, FileEntry]]:
         """Every file the snapshot names: (name inside the bank, its hash and size)."""
-        yield layout.content_name("priors", self.prior.sha256), self.prior
-        for shard in self.shards:
-            yield shard.name, FileEntry(shard.sha256, shard.bytes)
-            yield shard.docs_name, shard.docs
+        for part in self.parts:
+            yield layout.content_name("priors", part.prior.sha256), part.prior
+            for shard in part.shards:
+                yield shard.name, FileEntry(shard.sha256, shard.bytes)
+                yield shard.docs_name, shard.docs
         if self.index is not None:
             yield layout.content_name("index", self.index.sha256), FileEntry(self.index.sha256, self.index.bytes)
 
@@ -146,12 +169,22 @@ class Manifest:
             "run": self.run,
             "settings": self.settings.to_json(),
             "prior": asdict(self.prior),
-            "shards": [asdict(shard) | {"removed": [list(span) for span in shard.removed]} for shard in self.shards],
+            "shards": [_shard_json(shard) for shard in self.shards],
             "index": None if self.index is None else asdict(self.index),
             "counts": asdict(self.counts),
         }
+        if self.move is not None:
+            body[MOVE] = {
+                "settings": self.move.settings.to_json(),
+                "prior": asdict(self.move.prior),
+                "shards": [_shard_json(shard) for shard in self.move.shards],
+            }
         digest = sha256_hex(canonical_json(body))
         return (canonical_json(body | {"sha256": digest}) + "\n").encode(), replace(self, sha256=digest)
+
+
+def _shard_json(shard: ShardEntry) -> dict[str, Any]:
+    return asdict(shard) | {"removed": [list(span) for span in shard.removed]}
 
 
 def parse(data: bytes, name: str, *, for_writing: bool = False) -> Manifest:
@@ -236,12 +269,16 @@ class _Checked:
             counts=Counts(**{key: _whole(value, key) for key, value in body["counts"].items()}),
             reader_flags=tuple(body["reader_flags"]),
             writer_flags=tuple(body["writer_flags"]),
+            move=_move(body[MOVE]) if MOVE in body else None,
             sha256=digest,
         )
-        if made.prior.sha256 != made.settings.prior:
-            raise ValueError("prior")
-        if len({shard.sha256 for shard in made.shards}) != len(made.shards):
-            raise ValueError("a shard named twice")
+        if (made.move is not None) != (MOVE in made.writer_flags):
+            raise ValueError(MOVE)
+        for part in made.parts:
+            if part.prior.sha256 != part.settings.prior:
+                raise ValueError("prior")
+            if len({shard.sha256 for shard in part.shards}) != len(part.shards):
+                raise ValueError("a shard named twice")
         counts, dead = made.counts, sum(shard.dead for shard in made.shards)
         if counts.dead != dead or counts.passages != sum(shard.rows for shard in made.shards) - dead:
             raise ValueError("counts")
@@ -284,6 +321,11 @@ def _file(value: Any) -> FileEntry:
 def _index(value: Any) -> IndexEntry:
     names = [field.name for field in fields(IndexEntry) if field.name != "sha256"]
     return IndexEntry(sha256=_hash(value["sha256"]), **{name: _whole(value[name], name) for name in names})
+
+
+def _move(value: Any) -> Move:
+    shards = tuple(_shard(shard) for shard in _list(value["shards"]))
+    return Move(_settings(value["settings"]), _file(value["prior"]), shards)
 
 
 def _shard(value: Any) -> ShardEntry:

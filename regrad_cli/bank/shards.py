@@ -206,6 +206,10 @@ def parse_header(
     return places
 
 
+def _line_digest(line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=16).digest()
+
+
 class ShardReader:
     """Reads one shard of a snapshot, opening its files for each call; safe to use from several threads.
 
@@ -216,6 +220,9 @@ class ShardReader:
     def __init__(self, folder: Folder, entry: ShardEntry, settings: BankSettings) -> None:
         self.folder, self.entry, self.settings = folder, entry, settings
         self._places: dict[str, TensorPlace] | None = None
+        self._line_digests: tuple[npt.NDArray[np.int64], list[bytes]] | None = (
+            None  # where lines end, what they hash to
+        )
 
     def _layout(self, region: Region) -> dict[str, TensorPlace]:
         if self._places is None:
@@ -274,19 +281,45 @@ class ShardReader:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """(row, line) of all rows, the docs file proved by its name."""
-        ends = self.block("line_ends").tolist()
+        data, ends = self._docs()
+        start = 0
+        for row, end in enumerate(ends.tolist()):
+            yield row, data[start:end]
+            start = end
+
+    def chosen_lines(self, rows: Sequence[int], *, warm: bool = False) -> list[bytes]:
+        """The lines of these rows, proved by the docs file's name. With `warm`, each line's digest is kept then, and
+        what is asked for later is read alone and proved by that."""
+        if self._line_digests is None:
+            data, ends = self._docs()
+            starts = np.append(0, ends[:-1])
+            if warm:
+                lines = (data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
+                self._line_digests = ends, [_line_digest(line) for line in lines]
+            return [data[starts[row] : ends[row]] for row in rows]
+        ends, digests = self._line_digests
+        found = []
+        with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
+            for row in rows:
+                start = int(ends[row - 1]) if row else 0
+                found.append(region.read(start, int(ends[row]) - start))
+                if _line_digest(found[-1]) != digests[row]:
+                    raise DamagedFile(self.entry.docs_name, "is damaged", self._known_documents("docs"))
+        return found
+
+    def _docs(self) -> tuple[bytes, npt.NDArray[np.int64]]:
+        """The docs file, proved by its name, and where its lines end."""
+        ends = self.block("line_ends").reshape(-1)
         with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
             data = region.read(0, region.length)
         if hashlib.sha256(data).hexdigest() != self.entry.docs.sha256:
             raise DamagedFile(self.entry.docs_name, "is damaged", self._known_documents("docs"))
-        start = 0
-        for row, end in enumerate(ends):
-            if not start < end <= len(data):
-                raise DamagedFile(self.entry.name, f"line_ends of row {row} leave the docs file")
-            yield row, data[start:end]
-            start = end
-        if start != len(data):
+        wrong = np.flatnonzero((np.diff(ends, prepend=0) <= 0) | (ends > len(data)))
+        if len(wrong):
+            raise DamagedFile(self.entry.name, f"line_ends of row {wrong[0]} leave the docs file")
+        if len(ends) and ends[-1] != len(data):
             raise DamagedFile(self.entry.docs_name, "has more lines than its shard has rows")
+        return data, ends
 
     def row(self, row: int) -> Row:
         """One row with its passage, proved by its checksum. Reads that row only."""

@@ -5,25 +5,28 @@ Knows the manifest and the readers below it; writes nothing, and no model, prior
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from regrad_cli.bank import layout
 from regrad_cli.bank.damage import DamagedFile, Finding
-from regrad_cli.bank.manifest import Manifest
+from regrad_cli.bank.manifest import Counts, Manifest
 from regrad_cli.bank.store import Folder
-from regrad_cli.errors import Mismatch, NonFinite, UsageProblem
+from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.records import Hit, Passage, RowRef, document_id, sha256_hex
 
 if TYPE_CHECKING:  # numpy and what needs it are imported when rows are: `bank stats` does without (0.1 s)
     import numpy as np
     import numpy.typing as npt
 
-    from regrad_cli.bank.index import Graph
-    from regrad_cli.bank.search import Candidate, Resident
+    from regrad_cli.bank.nearest import Nearest
+    from regrad_cli.bank.search import Candidate
     from regrad_cli.bank.shards import Row, ShardReader
 
 SLACK = 16  # candidates beyond k: float32 may order near-equal rows otherwise than the float64 score does
@@ -58,8 +61,6 @@ class Snapshot:
         self._fd = fd
         self._folder = Folder(path)
         self._readers: dict[int, ShardReader] = {}
-        self._graph: Graph | Literal["not tried"] | None = "not tried"
-        self._resident: dict[tuple[int, bool], Resident] = {}
 
     def __enter__(self) -> Snapshot:
         return self
@@ -78,13 +79,19 @@ class Snapshot:
     # ── what the manifest alone tells ────────────────────────────────────────────────────────────────────────────────
 
     def stats(self) -> dict[str, Any]:
-        """What `bank stats` prints; reads no shard. "gradients" are the shards without their embeddings."""
-        manifest, settings = self.manifest, self.settings
+        """What `bank stats` prints; reads no shard. "gradients" are the shards without their embeddings; "stale" are
+        passages under a prior that the bank is leaving: all or none, for a move ends in one commit."""
+        manifest, settings, move = self.manifest, self.settings, self.manifest.move
         embeddings = sum(shard.rows for shard in manifest.shards) * settings.embedding_dim * 2
         shards = sum(shard.bytes for shard in manifest.shards)
         text = sum(shard.docs.bytes for shard in manifest.shards)
         index = manifest.index.bytes if manifest.index is not None else 0
         counts = manifest.counts
+        own = {"gradients": shards - embeddings, "embeddings": embeddings, "text": text, "index": index}
+        own["prior"] = manifest.prior.bytes
+        if move is not None:
+            named = {name: file.bytes for name, file in manifest.files()}
+            own["moved"] = sum(named.values()) - sum(own.values())
         return {
             "path": str(self.path),
             "form": "live",
@@ -92,22 +99,16 @@ class Snapshot:
             "documents": counts.documents,
             "passages": counts.passages,
             "tokens": counts.tokens,
-            "stale": 0,
+            "stale": counts.passages if move is not None else 0,
             "dead": counts.dead,
-            "bytes": {
-                "gradients": shards - embeddings,
-                "embeddings": embeddings,
-                "text": text,
-                "index": index,
-                "prior": manifest.prior.bytes,
-                "total": shards + text + index + manifest.prior.bytes,
-            },
+            "bytes": own | {"total": sum(own.values())},
             "bytes_per_passage": round((shards + text) / counts.passages, 1) if counts.passages else None,
             "model": settings.model_name,
             "prior": settings.prior_name,
             "prior_trained": settings.prior_trained,
             "codec": str(settings.codec),
             "embedder": settings.embedder_name,
+            "move": None if move is None else {"prior": move.settings.prior_name, "passages": move.passages},
             "shards": len(manifest.shards),
             "keep_text": settings.keep_text,
             "time": manifest.time,
@@ -135,7 +136,7 @@ class Snapshot:
         ways = {
             "model": (own.model, model, own.model_name, "use the model the bank was made with, or make a new bank"),
             "tokenizer": (own.tokenizer, tokenizer, own.model_name, "use that model's tokenizer, or make a new bank"),
-            "prior": (own.prior, prior, own.prior_name, "use the prior the bank was made with, or make a new bank"),
+            "prior": (own.prior, prior, own.prior_name, "`regrad ingest --stale --prior FILE` moves to another one"),
             "embedder": (own.embedder, embedder, own.embedder_name, "name the bank's embedder, or make a new bank"),
         }
         for what, (expected, given, name, way) in ways.items():
@@ -145,6 +146,14 @@ class Snapshot:
                     f"not with this one ({given[:12]}…)",
                     way,
                 )
+
+    def moved(self) -> Snapshot | None:
+        """The rows that a move has made so far, as a snapshot under its prior; None where no move is under way."""
+        move, manifest = self.manifest.move, self.manifest
+        if move is None:
+            return None
+        made = replace(manifest, settings=move.settings, prior=move.prior, shards=move.shards, index=None, move=None)
+        return Snapshot(self.path, replace(made, counts=Counts(passages=sum(shard.rows for shard in move.shards))))
 
     def prior_bytes(self) -> bytes:
         """The prior's safetensors file, proved by its name."""
@@ -201,6 +210,33 @@ class Snapshot:
             if not skip_damaged:
                 raise
             self._skip(error)
+
+    def texts(
+        self, refs: Iterable[RowRef], *, warm: bool = False, skip_damaged: bool = False
+    ) -> Iterator[tuple[RowRef, Passage]]:
+        """The passages of these rows, in the order of the shards, without their gradients: proved by their shard's docs
+        file, or row by row where that is damaged and damage is to be skipped. `warm` as in `search`."""
+        from regrad_cli.bank.shards import parse_line
+
+        wanted: dict[int, list[int]] = {}
+        for ref in refs:
+            wanted.setdefault(ref.shard, []).append(ref.row)
+        for position, rows in sorted(wanted.items()):
+            reader = self._reader(position)
+            found: list[tuple[RowRef, Passage]] = []
+            try:
+                for row, line in zip(rows, reader.chosen_lines(rows, warm=warm), strict=True):
+                    found.append((RowRef(position, row), parse_line(line)))
+            except (DamagedFile, ValueError) as error:
+                damage = error if isinstance(error, DamagedFile) else DamagedFile(reader.entry.docs_name, str(error))
+                if not skip_damaged:
+                    raise damage from error
+                self._skip(damage)
+                found = []
+                for row in rows:
+                    with suppress(DamagedFile):  # the file was named
+                        found.append((RowRef(position, row), reader.row(row).passage))
+            yield from found
 
     def documents(self, *, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
         """A dict a document, as `bank ls` prints it, in the order of their sources."""
@@ -269,6 +305,13 @@ class Snapshot:
 
     # ── search ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def nearest(
+        self, vectors: npt.NDArray[np.float32], count: int, *, warm: bool = False, skip_damaged: bool = False
+    ) -> list[list[Candidate]]:
+        """The `count` rows nearest to each vector, best first, as places and float32 scores, whose last bits depend on
+        how they were found. As `search`, but no row and no text is looked at."""
+        return self._nearest(vectors, count, warm, self._skip if skip_damaged else None)
+
     def search(
         self, vectors: npt.NDArray[np.float32], k: int, *, warm: bool = False, skip_damaged: bool = False
     ) -> list[list[Hit]]:
@@ -279,62 +322,24 @@ class Snapshot:
         skip_damaged  leave out what is damaged and say so in `damaged`
         raises        DamagedFile naming what is damaged: a shard's embeddings, or the document of a hit
         """
-        import numpy as np
-
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        if vectors.ndim != 2 or vectors.shape[1] != self.settings.embedding_dim:
-            raise ValueError(f"vectors are (q, {self.settings.embedding_dim}), not {vectors.shape}")
         if k < 1:
             raise UsageProblem(f"k is {k}; at least one passage must be asked for")
-        if not np.isfinite(vectors).all():
-            raise NonFinite("the question's embedding is not finite")
-        if vectors.size and np.abs(vectors).max() > 1.001:  # larger ones would overflow in `similarities`
-            raise ValueError("vectors have unit norm")
         hits: list[list[Hit]] = []
-        wanted = min(k, self.manifest.counts.passages)
-        count = k + SLACK
-        candidates = self._candidates(vectors, count, warm, skip_damaged)
+        wanted, count = min(k, self.manifest.counts.passages), k + SLACK
+        candidates = self.nearest(vectors, count, warm=warm, skip_damaged=skip_damaged)
         for query, vector in enumerate(vectors):
             chosen, mine, many = self._hits(vector, candidates[query], k, skip_damaged), candidates[query], count
             while len(chosen) < wanted and len(mine) == many:  # damaged rows took places of good ones
                 many *= 4
-                mine = self._candidates(vectors[query : query + 1], many, warm, skip_damaged)[0]
+                (mine,) = self.nearest(vector[None], many, warm=warm, skip_damaged=skip_damaged)
                 chosen = self._hits(vector, mine, k, skip_damaged)
             hits.append(chosen)
         return hits
-
-    def _candidates(
-        self, vectors: npt.NDArray[np.float32], count: int, warm: bool, skip_damaged: bool
-    ) -> list[list[Candidate]]:
-        from regrad_cli.bank import search
-
-        skip = self._skip if skip_damaged else None
-        if not warm:
-            return search.scan(self._all_readers(0), vectors, count, skip)
-        graph = self._loaded_graph()
-        near = graph.nearest(vectors, count) if graph is not None else None
-        first = graph.shards if graph is not None and near is not None else 0
-        if (first, skip_damaged) not in self._resident:
-            readers = self._all_readers(first)
-            self._resident[first, skip_damaged] = search.Resident(readers, self.settings.embedding_dim, skip)
-        found = self._resident[first, skip_damaged].nearest(vectors, count)
-        if near is None:
-            return found
-        return [search.merge([*graphed, *exact], count) for graphed, exact in zip(near, found, strict=True)]
-
-    def _loaded_graph(self) -> Graph | None:
-        if self._graph == "not tried":
-            from regrad_cli.bank import index
-
-            self._graph = index.load(self._folder, self.manifest)
-        return self._graph
 
     def _hits(
         self, vector: npt.NDArray[np.float32], candidates: Sequence[Candidate], k: int, skip_damaged: bool
     ) -> list[Hit]:
         """Candidates in the order of their float64 scores, read and proved until there are k."""
-        import numpy as np
-
         from regrad_cli.bank.search import cosine
 
         scored = []
@@ -348,10 +353,19 @@ class Snapshot:
                 self._skip(error)
                 continue
             scored.append((-cosine(vector, embedding), candidate.ref))
-        hits: list[Hit] = []
-        for _, ref in sorted(scored):
-            if len(hits) == k:
-                break
+        hits = islice(self.hits((ref for _, ref in sorted(scored)), vector, skip_damaged=skip_damaged), k)
+        return sorted(hits, key=lambda hit: (-hit.score, hit.passage.document, hit.passage.ordinal))
+
+    def hits(
+        self, refs: Iterable[RowRef], vector: npt.NDArray[np.float32] | None = None, *, skip_damaged: bool = False
+    ) -> Iterator[Hit]:
+        """These rows in turn, each read and proved by its checksum when it is asked for. Scores are cosines to the
+        vector, (d,) float32 of unit norm; 0 without one."""
+        import numpy as np
+
+        from regrad_cli.bank.search import cosine
+
+        for ref in refs:
             try:
                 row = self.row(ref)
             except DamagedFile as error:
@@ -359,10 +373,16 @@ class Snapshot:
                     raise
                 self._skip(error)
                 continue
-            hits.append(Hit(ref, cosine(vector, np.frombuffer(row.embedding, "<f2")), row.passage))
-        return sorted(hits, key=lambda hit: (-hit.score, hit.passage.document, hit.passage.ordinal))
+            score = 0.0 if vector is None else cosine(vector, np.frombuffer(row.embedding, "<f2"))
+            yield Hit(ref, score, row.passage)
 
     # ── the parts below ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @cached_property
+    def _nearest(self) -> Nearest:
+        from regrad_cli.bank.nearest import Nearest
+
+        return Nearest(self._folder, self.manifest, self._reader)
 
     def _reader(self, position: int) -> ShardReader:
         reader = self._readers.get(position)
@@ -374,9 +394,6 @@ class Snapshot:
             reader = ShardReader(self._folder, self.manifest.shards[position], self.settings)
             self._readers[position] = reader
         return reader
-
-    def _all_readers(self, first: int) -> list[tuple[int, ShardReader]]:
-        return [(position, self._reader(position)) for position in range(first, len(self.manifest.shards))]
 
     def _skip(self, error: DamagedFile) -> None:
         if error.finding not in self.damaged:

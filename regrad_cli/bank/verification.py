@@ -17,6 +17,7 @@ from regrad_cli.bank.opening import check_format, read_manifest
 from regrad_cli.bank.shards import ShardReader, parse_line
 from regrad_cli.bank.store import Folder
 from regrad_cli.errors import NoBank, RegradError
+from regrad_cli.records import BankSettings
 
 
 def verify(path: Path, report: Callable[[int, int], None] | None = None) -> Iterator[Finding]:
@@ -72,12 +73,13 @@ def _chain(manifests: list[Manifest]) -> Iterator[Finding]:
 def _files(folder: Folder, manifests: list[Manifest], report: Callable[[int, int], None] | None) -> Iterator[Finding]:
     """Each file that a snapshot names, once."""
     entries: dict[str, FileEntry] = {}
-    shards: dict[str, tuple[ShardEntry, Manifest]] = {}
+    shards: dict[str, tuple[ShardEntry, BankSettings]] = {}
     for manifest in manifests:
         for name, entry in manifest.files():
             entries.setdefault(name, entry)
-        for shard in manifest.shards:
-            shards.setdefault(shard.name, (shard, manifest))
+        for part in manifest.parts:
+            for shard in part.shards:
+                shards.setdefault(shard.name, (shard, part.settings))
     total = sum(entry.bytes for entry in entries.values())
     done = 0
     found: dict[str, str] = {}
@@ -88,8 +90,8 @@ def _files(folder: Folder, manifests: list[Manifest], report: Callable[[int, int
         done += entry.bytes
         if report is not None:
             report(done, total)
-    for shard, manifest in shards.values():
-        yield from _shard(ShardReader(folder, shard, manifest.settings), found)
+    for shard, settings in shards.values():
+        yield from _shard(ShardReader(folder, shard, settings), found)
     for manifest in manifests[:1]:
         yield from _counts(folder, manifest)
     newest_index = manifests[0].index if manifests else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from regrad_cli.bank.shards import ShardReader, build_shard
 from regrad_cli.bank.snapshot import Snapshot
 from regrad_cli.bank.store import Folder
 from regrad_cli.errors import Locked, NonFinite, StorageFailed
-from regrad_cli.records import Passage, RowRef
+from regrad_cli.records import BankSettings, Passage, RowRef
 
 SHARD_BYTES = 256 << 20  # a commit's rows are cut into shards no larger than this, nor longer than SHARD_ROWS
 _DOCUMENT = re.compile(r"[0-9a-f]{16}\Z")
@@ -90,6 +90,11 @@ class Writer:
         self._removals: dict[int, set[int]] = {}
 
     @property
+    def _row_settings(self) -> BankSettings:
+        """What added rows are made for."""
+        return self.snapshot.settings
+
+    @property
     def staged(self) -> int:
         """Rows added since the last commit."""
         return len(self._passages)
@@ -106,7 +111,7 @@ class Writer:
 
         raises  NonFinite if a scale or an embedding is no finite number (nothing of the call is staged)
         """
-        count, settings = len(passages), self.snapshot.settings
+        count, settings = len(passages), self._row_settings
         expected = (
             ("codes", codes, np.uint8, settings.code_bytes),
             ("scales", scales, np.float16, settings.scale_count),
@@ -154,12 +159,7 @@ class Writer:
             return before.number
         documents = self._live_documents()  # read before anything is written: a damaged bank is noticed here
         with files.storage("write to the bank"):
-            for entry in self._write_shards():
-                known = [position for position, shard in enumerate(shards) if shard.sha256 == entry.sha256]
-                if known:  # the very rows of an old shard, added again: it lives again instead of being named twice
-                    shards[known[0]] = entry
-                else:
-                    shards.append(entry)
+            self._write_shards(shards)
         changed: Counter[int] = Counter()
         tokens = before.counts.tokens
         for position, shard in enumerate(shards):
@@ -184,22 +184,15 @@ class Writer:
         staged = self._removals.get(position)
         if not staged:
             return shard
-        rows = sorted(staged.union(*(range(start, end) for start, end in shard.removed)))
-        spans: list[tuple[int, int]] = []
-        for row in rows:
-            if spans and spans[-1][1] == row:
-                spans[-1] = (spans[-1][0], row + 1)
-            else:
-                spans.append((row, row + 1))
-        return replace(shard, removed=tuple(spans))
+        return replace(shard, removed=spans(staged.union(*(range(start, end) for start, end in shard.removed))))
 
-    def _write_shards(self) -> Iterator[ShardEntry]:
-        """Writes the staged rows' files under their final names and syncs their folders."""
+    def _write_shards(self, shards: list[ShardEntry]) -> None:
+        """Writes the staged rows' files under their final names, syncs their folders, and lists them in `shards`."""
         if not self._passages:
             return
         codes, scales = np.concatenate(self._codes), np.concatenate(self._scales)
         embeddings = np.concatenate(self._embeddings)
-        settings = self.snapshot.settings
+        settings = self._row_settings
         row_bytes = settings.code_bytes + 2 * (settings.scale_count + settings.embedding_dim)
         most_rows = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
         for start in range(0, len(self._passages), most_rows):
@@ -209,7 +202,11 @@ class Writer:
             )
             for name, content in ((entry.docs_name, docs), (entry.name, data)):
                 files.publish(files.write_temporary(self.path / "tmp", [content]), self.path / name)
-            yield entry
+            known = [position for position, shard in enumerate(shards) if shard.sha256 == entry.sha256]
+            if known:  # the very rows of an old shard, added again: it lives again instead of being named twice
+                shards[known[0]] = entry
+            else:
+                shards.append(entry)
         for folder in ("docs", "shards"):
             files.sync_folder(self.path / folder)
 
@@ -310,6 +307,17 @@ class Writer:
         if manifest.index is not None:  # older snapshots that name it answer exactly, as they do on any other machine
             files.discard(self.path / layout.content_name("index", manifest.index.sha256))
             index.forget(manifest.index.sha256)
+
+
+def spans(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Rows as ascending (start, end) ranges that do not touch."""
+    found: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if found and found[-1][1] == row:
+            found[-1] = (found[-1][0], row + 1)
+        else:
+            found.append((row, row + 1))
+    return tuple(found)
 
 
 def remove_documents(path: Path, names: Sequence[str], *, wait_s: float = 0.0) -> dict[str, Any]:

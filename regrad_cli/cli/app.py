@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from regrad_cli import __version__
-from regrad_cli.cli import bank, machine, work
+from regrad_cli.cli import adapter, ask, bank, learning, machine, measure, work
 from regrad_cli.cli.call import (
     EXIT_CLOSED_PIPE,
     Bank,
@@ -89,6 +89,10 @@ def _add_group(name: str, group: typer.Typer, help: str, section: str) -> None:
 
 
 work.register(app)
+ask.register(app)
+adapter.register(app)
+learning.register(app)
+measure.register(app)
 _add_group("bank", bank.group, "Look after a bank: stats, ls, show, rm, log, verify.", "Look after it")
 _add_group("model", machine.models, "Fetch models, and list what is there.", "This machine")
 _add_group("config", machine.settings, "Show which settings are in force, and where each came from.", "This machine")

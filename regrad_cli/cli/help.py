@@ -12,7 +12,7 @@ from regrad_cli.cli.values import read_plainly
 
 COMMON = "Common options"
 PARAMETER_ORDER = {"Arguments": 0, "Options": 1, COMMON: 3}
-COMMAND_ORDER = ("Documents and answers", "Look after it", "This machine")
+COMMAND_ORDER = ("Documents and answers", "Learn and measure", "Look after it", "This machine")
 # Types and ranges, which our own words already say.
 _NOISE = re.compile(r" <[^<>]*>$|\s*\[x>=?[\d.]+\]$|; x>=?[\d.]+(?=\]$)")
 

@@ -59,18 +59,23 @@ def ingest_summary(terminal: Terminal, summary: IngestSummary) -> None:
     skipped = f", {len(summary.skipped):,} skipped" if summary.skipped else ""
     if summary.dry_run:
         cost = f"about {size(summary.estimated_bytes)} and {duration(summary.estimated_seconds)}"
-        terminal.text(f"{passages}: would add {summary.added:,} ({cost}), {summary.unchanged:,} unchanged{skipped}")
+        would = f"recompute {summary.recomputed:,}" if summary.recomputed else f"add {summary.added:,}"
+        terminal.text(f"{passages}: would {would} ({cost}), {summary.unchanged:,} unchanged{skipped}")
         return
-    parts = [f"{summary.added:,} added", f"{summary.unchanged:,} unchanged"]
+    parts = [f"{summary.recomputed:,} recomputed"] if summary.recomputed else [f"{summary.added:,} added"]
+    parts += [f"{summary.unchanged:,} unchanged"]
     parts += [f"{count(summary.replaced, 'document')} replaced"] if summary.replaced else []
     parts += [f"{count(summary.removed, 'document')} removed"] if summary.removed else []
     terminal.text(f"{passages}: {', '.join(parts)}{skipped}, in {duration(summary.seconds)}")
 
 
 def hits(terminal: Terminal, question: str, found: Sequence[Hit], number: int | None = None) -> None:
-    """Passages nearest to a question; `number` is the question's line where there are several questions."""
-    if not found and not terminal.json:
-        terminal.notice(f"nothing found for: {question}")
+    """Passages that fit a question best; `number` is the question's line where there are several questions."""
+    if not terminal.json:
+        if not found:
+            terminal.notice(f"nothing found for: {question}")
+        elif all(hit.fits is False for hit in found):
+            terminal.notice(f"nothing fits, these are only the nearest: {question}")
     for rank, hit in enumerate(found, 1):
         passage = hit.passage
         if terminal.json:
@@ -83,11 +88,15 @@ def hits(terminal: Terminal, question: str, found: Sequence[Hit], number: int | 
                     "title": passage.title,
                     "text": passage.text,
                     "question": question,
+                    "dense": _rounded(hit.dense),
+                    "lexical": _rounded(hit.lexical),
+                    "fits": hit.fits,
                 }
             )
         elif terminal.out_is_terminal:
-            head = ((f"{rank}. ", "bold"), (f"{hit.score:.3f}  ", "cyan"), (passage.title or passage.source, "bold"))
-            terminal.parts(*head, (f"  {passage.source}  {passage.id}", "dim"))
+            style, too_little = ("dim", "  fits too little") if hit.fits is False else ("cyan", "")
+            head = ((f"{rank}. ", "bold"), (f"{hit.score:.3f}  ", style), (passage.title or passage.source, "bold"))
+            terminal.parts(*head, (f"  {passage.source}  {passage.id}", "dim"), (too_little, "yellow"))
             terminal.text(_indented(_snippet(passage.text)))
         else:
             cells = [str(rank), f"{hit.score:.4f}", passage.id, passage.source, passage.title, passage.text or ""]
@@ -103,11 +112,12 @@ def answer(terminal: Terminal, result: Answer, *, streamed: bool, one_line: bool
     if not streamed:
         terminal.text(" ".join(result.answer.split()) if one_line else result.answer)
     if sources:
-        _sources(terminal, result)
+        passages_used(terminal, result)
     terminal.stdout.flush()
 
 
-def _sources(terminal: Terminal, result: Answer) -> None:
+def passages_used(terminal: Terminal, result: Answer) -> None:
+    """The passages that an answer used, with their scores and weights."""
     terminal.text("")
     if not result.passages:
         terminal.text("No passage was used: the model answered by itself.", "dim")
@@ -134,6 +144,10 @@ def stats(terminal: Terminal, values: Mapping[str, Any]) -> None:
     dead = values.get("dead") or 0
     if dead:
         terminal.text(f"{count(dead, 'removed passage')} still on disk", "dim")
+    move = values.get("move")
+    if move:
+        done = f"{move['passages']:,} of {count(values['passages'], 'passage')} computed"
+        terminal.parts((f"on the way to prior {move['prior']}: {done}; `regrad ingest --stale` goes on", "dim"))
     kinds = [(name, amount) for name, amount in values["bytes"].items() if name != "total"]
     terminal.bars([(name, amount, size(amount)) for name, amount in kinds])
     for name in ("model", "prior", "codec", "embedder"):
@@ -341,6 +355,10 @@ def health(terminal: Terminal, report: Mapping[str, Any]) -> None:
         terminal.warning(problem)
     if not report["problems"]:
         terminal.text("All is well.", "green")
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 def _snippet(text: str | None) -> str:

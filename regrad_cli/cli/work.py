@@ -1,7 +1,6 @@
-"""The main job's commands: init, ingest, query, ask. Parse, call the use case, render."""
+"""The main job's commands up to the answer: init, ingest, query. Parse, call the use case, render."""
 
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -11,17 +10,36 @@ import typer
 
 from regrad_cli.cli import views
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, Wait, command
+from regrad_cli.cli.stale import ingest_stale, refuse_together
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
-from regrad_cli.records import Answer, BankSettings, DocumentDone, IngestSummary, Piece
+from regrad_cli.records import BankSettings, DocumentDone, IngestSummary
 from regrad_cli.render import Line
-from regrad_cli.settings import MODES
+from regrad_cli.settings import SEARCHES
 
+SECTION = "Documents and answers"
 K = Annotated[
     int | None,
     typer.Option("-k", metavar="N", help="Passages to retrieve; 3, or what the prior was made for, if not set."),
 ]
 MinScore = Annotated[
-    float | None, typer.Option("--min-score", metavar="S", help="Leave out passages less similar than this (-1 to 1).")
+    str | None,
+    typer.Option(
+        "--min-score",
+        metavar="auto|none|S",
+        help="Least score of a passage that is used: a measured one (auto, if not set), none, or a number.",
+    ),
+]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        "--search",
+        metavar="|".join(SEARCHES),
+        help="Find passages by meaning and words (fused), by meaning or by words; auto is fused where there is text.",
+        autocompletion=lambda: list(SEARCHES),
+    ),
+]
+Gamma = Annotated[
+    float | None, typer.Option("--gamma", metavar="G", help="Strength of the gradients; 1 if not set, 0 for none.")
 ]
 
 
@@ -104,6 +122,15 @@ def ingest(
     prune: Annotated[
         bool, typer.Option("--prune", help="Drop documents of these folders whose files are gone.")
     ] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Finish a move to another prior; with --prior, begin one. No documents.")
+    ] = False,
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            "--prior", metavar="FILE", help="With --stale: the prior to move to; `shipped` for the model's own."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", "-n", help="Only say what would be added, its size and its time.")
     ] = False,
@@ -123,8 +150,14 @@ def ingest(
     Reads text, Markdown, HTML, PDF, JSONL and CSV, and honours .gitignore. What is there and unchanged is left alone;
     a changed file replaces its own passages. Commits as it goes: interrupted, the same command again resumes. Inputs
     that cannot be read are named and skipped; the exit code is then 3.
+
+    With --stale the bank moves to another prior: all gradients are computed anew from the stored text, and one commit
+    switches to them. Until then the bank answers as before.
     """
     chosen = list(paths or [])
+    refuse_together(stale, prior, bool(chosen or files_from is not None or prune))
+    if stale:
+        return ingest_stale(call, prior=prior, dry_run=dry_run, commit_rows=commit_rows, wait=wait)
     reads_stdin = Path("-") in chosen or (not chosen and files_from is None and not call.terminal.in_is_terminal)
     chosen = [path for path in chosen if path != Path("-")]
     if files_from == "-" and reads_stdin:
@@ -180,24 +213,27 @@ def query(
         str | None, typer.Argument(metavar="TEXT", help="What to look for; - reads one a line from standard input.")
     ] = None,
     k: K = None,
+    search: Search = None,
     min_score: MinScore = None,
     snapshot: Snapshot = None,
     skip_damaged: SkipDamaged = False,
 ) -> int:
-    """Show the passages nearest to a question, with their scores. No language model runs.
+    """Show the passages that fit a question best, with their scores. No language model runs.
 
-    Piped, a line a passage: rank, score, id, source, title, text, separated by tabs; with several questions the
-    question's number comes first.
+    Passages that score too little for `ask` to use them are marked; a number for --min-score leaves them out. Piped, a
+    line a passage: rank, score, id, source, title, text, separated by tabs; with several questions the question's
+    number comes first.
     """
     if text is None and call.terminal.in_is_terminal:
         return call.usage_help("no question was given")
     many = text is None or text == "-"
-    question = "" if many else _stated(text or "")
+    question = "" if many else stated(text or "")
     options: dict[str, Any] = {"k": call.value("k", k), "min_score": call.value("min_score", min_score)}
     kept: dict[str, Any] = {
         "snapshot": snapshot,
         "device": call.value("device", call.device),
         "skip_damaged": skip_damaged,
+        "search": call.value("search", search),
     }
     bank = call.bank_path()
     from regrad_cli import answer
@@ -211,137 +247,24 @@ def query(
         finder: Any = None
         for line in call.terminal.questions():
             if line.problem:
-                problems += _problem(call, line)
+                problems += problem(call, line)
                 continue
             finder = finder or stack.enter_context(answer.Finder(bank, **kept))
             views.hits(call.terminal, line.question, finder.query(line.question, **options), number=line.number)
     return EXIT_PARTIAL if problems else EXIT_DONE
 
 
-def ask(
-    call: Call,
-    text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="The question; - reads one a line from standard input.")
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            "--mode",
-            metavar="|".join(MODES),
-            help="By gradients, by gradients and passages in the prompt, by passages alone, or by neither.",
-            autocompletion=lambda: list(MODES),
-        ),
-    ] = None,
-    k: K = None,
-    gamma: Annotated[
-        float | None, typer.Option("--gamma", metavar="G", help="Strength of the gradients; 1 if not set, 0 for none.")
-    ] = None,
-    min_score: MinScore = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", metavar="N", help="Longest answer, in tokens; 128 if not set.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="NAME", help="Where the bank's model lies; or a model to ask without a bank."),
-    ] = None,
-    snapshot: Snapshot = None,
-    skip_damaged: SkipDamaged = False,
-    sources: Annotated[
-        bool | None,
-        typer.Option("--sources/--no-sources", help="List passages below the answer; on a terminal if not set."),
-    ] = None,
-) -> int:
-    """Answer a question from the bank.
+def stated(text: str) -> str:
+    """The question on the command line.
 
-    The answer is streamed. With - or piped input, many questions are answered by one loaded model, in order, one line
-    each: a question a line, or JSON lines with "question".
+    raises  UsageProblem where there is none in it
     """
-    if text is None and call.terminal.in_is_terminal:
-        return call.usage_help("no question was given")
-    many = text is None or text == "-"
-    question = "" if many else _stated(text or "")
-    chosen = call.value("mode", mode)
-    flags = {"k": k, "gamma": gamma, "min_score": min_score, "max_tokens": max_tokens}
-    settings = {name: call.value(name, flag) for name, flag in flags.items()}
-    device, dtype = call.value("device", call.device), call.value("dtype", call.dtype)
-    bank = _bank_for(call, chosen)
-    from regrad_cli import answer  # here, so that a wrong option or a missing bank is told without waiting for torch
-
-    options = answer.AskOptions(mode=chosen, **settings)
-    if bank is None:
-        model = call.value("model", model)
-    show_sources = sources if sources is not None else call.terminal.out_is_terminal and not many
-    problems = 0
-    with ExitStack() as stack:
-        answerer: Any = None
-        lines: Iterator[Line] = call.terminal.questions() if many else iter([Line(1, question)])
-        for line in lines:
-            if line.problem:
-                problems += _problem(call, line, keep_place=True)
-                continue
-            answerer = answerer or stack.enter_context(
-                answer.Answerer(
-                    bank,
-                    modes={chosen},
-                    device=device,
-                    dtype=dtype,
-                    snapshot=snapshot,
-                    skip_damaged=skip_damaged,
-                    model=model,
-                )
-            )
-            try:
-                _show_answer(call, answerer.ask(line.question, options), stream=not many, sources=show_sources)
-            except UsageProblem as problem:  # this question cannot be answered; the next may be
-                if not many:
-                    raise
-                problems += _problem(call, Line(line.number, line.question, problem.message), keep_place=True)
-    return EXIT_PARTIAL if problems else EXIT_DONE
-
-
-def _bank_for(call: Call, mode: str) -> Path | None:
-    """The bank; None where a model alone is to answer and there is none."""
-    from regrad_cli.errors import NoBank
-
-    try:
-        return call.bank_path()
-    except NoBank:
-        if mode == "direct" and call.value("bank", call.bank_flag) is None:
-            return None
-        raise
-
-
-def _show_answer(call: Call, events: Iterator[Any], *, stream: bool, sources: bool) -> None:
-    terminal = call.terminal
-    streamed = False
-    try:
-        with call.follow(events) as results:
-            for event in results:
-                if isinstance(event, Piece) and stream and not terminal.json:
-                    streamed = True  # said first: Ctrl-C may come inside the writing
-                    terminal.piece(event.text)
-                elif isinstance(event, Answer):
-                    if not event.grounded and event.mode != "direct":
-                        terminal.notice("nothing in the bank fits: the untouched model answered by itself")
-                    if event.partial:
-                        left_out = "; ".join(event.notices)
-                        terminal.warning(f"damaged passages were left out: this answer is partial ({left_out})")
-                    if streamed:
-                        terminal.end_pieces()
-                    views.answer(terminal, event, streamed=streamed, one_line=not stream, sources=sources)
-                    streamed = False
-    finally:
-        if streamed:  # left by an exception or Ctrl-C: what follows starts on a line of its own
-            terminal.end_pieces()
-
-
-def _stated(text: str) -> str:
     if not text.strip():
         raise UsageProblem("the question is empty", 'ask with words: regrad ask "What is …?"')
     return text
 
 
-def _problem(call: Call, line: Line, *, keep_place: bool = False) -> int:
+def problem(call: Call, line: Line, *, keep_place: bool = False) -> int:
     """A line that has no answer: named on stderr; `keep_place` gives it a line on stdout, so that both stay in step."""
     call.terminal.skipped(f"standard input, line {line.number}", line.problem)
     if not keep_place:
@@ -356,8 +279,6 @@ def _problem(call: Call, line: Line, *, keep_place: bool = False) -> int:
 
 def register(app: typer.Typer) -> None:
     """Put the commands of this file into the application."""
-    section = "Documents and answers"
-    command(app, "init", bank=True, heavy=True, section=section)(init)
-    command(app, "ingest", bank=True, device=True, dtype=True, section=section)(ingest)
-    command(app, "query", bank=True, device=True, section=section)(query)
-    command(app, "ask", bank=True, device=True, dtype=True, section=section)(ask)
+    command(app, "init", bank=True, heavy=True, section=SECTION)(init)
+    command(app, "ingest", bank=True, device=True, dtype=True, section=SECTION)(ingest)
+    command(app, "query", bank=True, device=True, section=SECTION)(query)

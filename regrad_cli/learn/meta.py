@@ -1,20 +1,22 @@
-"""The meta-gradient: how an answer's loss after the inner step changes with the prior and its step sizes. Knows no file.
+"""The meta-gradient: how an answer's loss after the inner step changes with prior and step sizes. Knows no file.
 
 One inner step: θ′ = θ − α ⊙ Σᵢ wᵢ gᵢ(θ), with gᵢ the gradient of passage i's document loss. With v = ∇L_question at θ′:
     ∇θ = v − Σᵢ wᵢ ∇θ⟨gᵢ(θ), α ⊙ v⟩        ∂/∂log αₜ = −αₜ ⟨vₜ, Σᵢ wᵢ gᵢₜ⟩
-which is backpropagation through both levels, without ever holding more than `held_tokens` of the inner graph.
+which is backpropagation through both levels, without ever holding more than `held_tokens` of the inner graph, nor the
+gradients of more passages than that: memory does not grow with their number.
 Source: ReGrad, arXiv 2606.15734. Shapes: P passages, T tasks, Q questions of L tokens, hidden size H, vocabulary V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from regrad_cli.learn.gradients import IGNORED
@@ -102,43 +104,44 @@ class MetaLearner:
 
         theta   {name: (rows, cols) float32}; steps {name: α}
         """
-        prior = {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in theta.items()}
+        device = self.model.device
+        prior = {name: tensor.to(device, self.model.dtype) for name, tensor in theta.items()}
         kind = next(iter(theta.values())).dtype
         passages = [ids for episode in episodes for ids in episode.passages]
         owners = [place for place, episode in enumerate(episodes) for _ in episode.passages]
         weights = [weight for episode in episodes for weight in episode.weights]
         groups = self._groups(passages)
-        hold = len(groups) == 1 and not self._first_order
-        inner = [self._inner([passages[i] for i in group], prior, graph=hold) for group in groups]
+        held: _Inner | None = None
 
-        adapted = {}  # {name: (T, rows, cols)}, θ′ of each task
         moved: Tensors = {}  # {name: (T, rows, cols)}, Σ w g of each task
-        order = [i for group in groups for i in group]
-        member = torch.zeros(len(episodes), len(order), device=self.model.device, dtype=kind)
-        for column, i in enumerate(order):
-            member[owners[i], column] = weights[i]
-        found = {name: torch.cat([part.rows[name].detach().to(kind) for part in inner]) for name in prior} if inner else {}
-        if self._codec is not None and found:
-            found = self._codec(found)
+        for group in groups:
+            part = self._inner([passages[i] for i in group], prior, graph=len(groups) == 1 and not self._first_order)
+            held = part if len(groups) == 1 else None
+            rows = {name: tensor.detach().to(kind) for name, tensor in part.rows.items()}
+            if self._codec is not None:
+                rows = self._codec(rows)
+            member = torch.zeros(len(episodes), len(group), device=device, dtype=kind)
+            for column, i in enumerate(group):
+                member[owners[i], column] = weights[i]
+            for name, tensor in rows.items():
+                more = torch.einsum("tp,prc->trc", member, tensor)
+                moved[name] = moved[name] + more if name in moved else more
+        adapted = {}  # {name: (T, rows, cols)}, θ′ of each task
         for name, tensor in theta.items():
-            start = tensor.to(self.model.device).expand(len(episodes), *tensor.shape)
-            if found:
-                moved[name] = torch.einsum("tp,prc->trc", member, found[name])
-                start = start - steps[name] * moved[name]
-            adapted[name] = start
+            start = tensor.to(device).expand(len(episodes), *tensor.shape)
+            adapted[name] = start - steps[name] * moved[name] if moved else start
         losses, v = self._outer(episodes, adapted)  # v in the type of θ
 
         total = {name: value.sum(dim=0) for name, value in v.items()}
         log_steps = dict.fromkeys(prior, 0.0)
-        if found:
+        if moved:
             log_steps = {name: -steps[name] * float((v[name] * moved[name]).sum()) for name in prior}
-        if found and not self._first_order:
-            for group, part in zip(groups, inner, strict=True):
-                owner = torch.tensor([owners[i] for i in group], device=self.model.device)
-                weight = torch.tensor([weights[i] for i in group], device=self.model.device, dtype=kind)[:, None, None]
+        if moved and not self._first_order:
+            for group in groups:
+                owner = torch.tensor([owners[i] for i in group], device=device)
+                weight = torch.tensor([weights[i] for i in group], device=device, dtype=kind)[:, None, None]
                 towards = {name: steps[name] * weight * v[name][owner] for name in prior}  # (P, rows, cols)
-                if not hold:
-                    part = self._inner([passages[i] for i in group], prior, graph=True)
+                part = held or self._inner([passages[i] for i in group], prior, graph=True)
                 second = torch.autograd.grad(
                     list(part.rows.values()),
                     list(part.leaves.values()),
@@ -158,15 +161,15 @@ class MetaLearner:
             tensors = {name: tensor.to(self.model.device)[None] for name, tensor in theta.items()}
             if episode.passages:
                 prior = {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in theta.items()}
-                groups = self._groups(episode.passages)
-                parts = [self._inner([episode.passages[i] for i in group], prior, graph=False) for group in groups]
-                order = [i for group in groups for i in group]
-                weights = torch.tensor([episode.weights[i] for i in order], device=self.model.device)[:, None, None]
-                rows = {name: torch.cat([part.rows[name] for part in parts]).to(theta[name]) for name in prior}
-                if self._codec is not None:
-                    rows = self._codec(rows)
-                for name in prior:
-                    tensors[name] = tensors[name] - steps[name] * (weights * rows[name]).sum(dim=0, keepdim=True)
+                for group in self._groups(episode.passages):
+                    part = self._inner([episode.passages[i] for i in group], prior, graph=False)
+                    rows = {name: tensor.to(theta[name].dtype) for name, tensor in part.rows.items()}
+                    if self._codec is not None:
+                        rows = self._codec(rows)
+                    weights = torch.tensor([episode.weights[i] for i in group], device=self.model.device)
+                    for name, tensor in rows.items():
+                        total = (weights[:, None, None] * tensor).sum(dim=0, keepdim=True)
+                        tensors[name] = tensors[name] - steps[name] * total
             found.append(self._question_losses([episode], tensors).tolist())
         return found
 
@@ -186,18 +189,25 @@ class MetaLearner:
         labels = torch.full_like(ids, IGNORED)
         for row, passage in enumerate(passages):
             labels[row, : len(passage) - 1] = ids[row, 1 : len(passage)]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._twice_differentiable(graph):
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in prior.items()}
             each = {name: leaf.expand(len(passages), *leaf.shape) for name, leaf in leaves.items()}
             if not graph:  # rows of their own, so that nothing of the sum over them is kept
                 each = {name: tensor.detach().requires_grad_() for name, tensor in each.items()}
             flat, targets = self.upper.outputs(ids, lower, each).flatten(0, 1), labels.flatten()
             wanted = (targets != IGNORED).nonzero()[:, 0]
-            shares = torch.tensor([1.0 / (len(passage) - 1) for passage in passages], device=ids.device, dtype=torch.float64)
+            wide = torch.promote_types(self.model.dtype, torch.float32)
+            shares = torch.tensor([1.0 / (len(passage) - 1) for passage in passages], device=ids.device, dtype=wide)
             share = shares.repeat_interleave(ids.shape[1])[wanted]
             loss = self._document_loss(flat[wanted], targets[wanted], share)
             rows = torch.autograd.grad(loss, list(each.values()), create_graph=graph)
         return _Inner(dict(zip(each, rows, strict=True)), leaves)
+
+    def _twice_differentiable(self, graph: bool) -> AbstractContextManager[Any]:
+        """Fused attention has no second derivative. On a CPU, where threads would meet in this switch, `ready` has put
+        it off already."""
+        fused = self.model.network.config._attn_implementation == "sdpa"
+        return sdpa_kernel(SDPBackend.MATH) if graph and fused else nullcontext()
 
     def _outer(self, episodes: Sequence[Episode], adapted: Tensors) -> tuple[torch.Tensor, Tensors]:
         """Mean answer loss of each episode (T,) and its gradient at that episode's θ′, {name: (T, rows, cols)}."""
@@ -211,7 +221,7 @@ class MetaLearner:
         return losses, {name: value.to(adapted[name]) for name, value in zip(leaves, gradients, strict=True)}
 
     def _question_losses(self, episodes: Sequence[Episode], tensors: Tensors) -> torch.Tensor:
-        """Mean cross-entropy over each answer's tokens, (Q,) in the episodes' order; tensors {name: (T, rows, cols)}."""
+        """Mean cross-entropy over each answer's tokens, (Q,) in their order; tensors {name: (T, rows, cols)}."""
         questions = [question for episode in episodes for question in episode.questions]
         owners = [place for place, episode in enumerate(episodes) for _ in episode.questions]
         order = sorted(range(len(questions)), key=lambda place: len(questions[place].ids))
@@ -263,7 +273,7 @@ class _Inner:
 class _HeadLoss(torch.autograd.Function):
     """Σ share · cross-entropy from hidden (n, H) through weight (V, H), differentiable twice by `hidden`.
 
-    Keeps the softmax in the weights' type, once, where autograd would keep logits, log-softmax and their copies in fp32.
+    Keeps the softmax in the weights' type, once, where autograd would keep logits, log-softmax and copies in fp32.
     """
 
     @staticmethod

@@ -1,0 +1,82 @@
+"""What else is shown about answers: modes side by side, what each passage did, an adapter that was written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from regrad_cli.cli import views
+from regrad_cli.records import Answer, Comparison, Exported
+from regrad_cli.render import Column, Terminal
+from regrad_cli.shown import count, size
+
+
+def comparison(terminal: Terminal, result: Comparison, *, number: int | None, sources: bool) -> None:
+    """One question's answers by mode; `number` is the question's line where there are several questions.
+
+    Seconds leave loading out. Piped, a line a mode: (number,) mode, answer, seconds, prompt tokens.
+    """
+    if terminal.json:
+        if number is None:
+            terminal.document(asdict(result))
+        else:
+            terminal.record(asdict(result))
+        return
+    names = (Column("mode"), Column("answer", share=1))
+    columns = (*names, Column("seconds", number=True), Column("prompt tokens", number=True))
+    rows = []
+    for answer in result.answers:
+        seconds = answer.seconds["total"] - answer.seconds["load"]
+        cells = [answer.mode, " ".join(answer.answer.split()), f"{seconds:.2f}", str(answer.tokens["prompt"])]
+        rows.append(cells if number is None or terminal.out_is_terminal else [str(number), *cells])
+    if number is not None and terminal.out_is_terminal:
+        terminal.parts((f"{number}. {result.question}", "bold"))
+    terminal.table(columns, rows)
+    if sources:
+        views.passages_used(terminal, result.answers[-1])
+    terminal.stdout.flush()
+
+
+def explanation(terminal: Terminal, answer: Answer) -> None:
+    """What each passage's gradient did to the answer. Piped, a line a passage: change, weight, id, title."""
+    result = answer.explain
+    if result is None:
+        return
+    terminal.text("")
+    titles = {used.id: used.title or used.source for used in answer.passages}
+    rows = [[f"{each.change:+.3f}", f"{each.weight:.3f}", each.id, titles[each.id]] for each in result.passages]
+    if not terminal.out_is_terminal:
+        terminal.table((), rows)
+        terminal.stdout.flush()
+        return
+    terminal.text("What each passage's gradient did", "bold")
+    columns = (Column("change", number=True), Column("weight", number=True), Column("id"), Column("passage", share=1))
+    terminal.table(columns, rows)
+    terminal.text(
+        "change: by how many nats the answer is likelier with the passage than without it; below 0 it stood in the way",
+        "dim",
+    )
+    terminal.text(
+        f"log-probability of the answer: {result.log_probability:.3f} as given, {result.without_gradients:.3f} by the "
+        f"prior alone, {result.base_model:.3f} by the untouched model",
+        "dim",
+    )
+    terminal.stdout.flush()
+
+
+def exported(terminal: Terminal, result: Exported) -> None:
+    """An adapter that was written, what it is made of, and the prompt that it answers."""
+    if result.partial:
+        terminal.warning(f"damaged passages were left out of the adapter ({'; '.join(result.notices)})")
+    if terminal.json:
+        terminal.document(asdict(result))
+        return
+    made_of = f"{count(len(result.passages), 'passage')}, {count(result.modules, 'module')} of rank {result.rank}"
+    terminal.parts((f"Wrote the adapter to {Path(result.path)}",), (f"  {made_of}, {size(result.size_bytes)}", "dim"))
+    terminal.parts(("model ", "dim"), (result.base_model,))
+    for used in result.passages:
+        weight = f"  (score {used.score:.2f}, weight {used.weight:.2f})"
+        terminal.parts(("  ",), (used.title or used.source, "cyan"), (f"  {used.id}{weight}", "dim"))
+    terminal.notice("it was made for this prompt, in the model's chat template:")
+    for line in result.prompt.split("\n"):
+        terminal.notice(f"  {line}")

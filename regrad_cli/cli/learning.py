@@ -1,0 +1,192 @@
+"""The command that learns: meta-train. Parse, call the use case, render."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regrad_cli.cli.call import Call, command
+from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL
+from regrad_cli.records import Progress, Trained, TrainStep, Validated
+from regrad_cli.render import Terminal
+
+
+class Objective(StrEnum):
+    """What is learned."""
+
+    regrad = "regrad"
+    direct = "direct"
+    rag = "rag"
+
+
+def meta_train(
+    call: Call,
+    tasks: Annotated[
+        list[Path],
+        typer.Argument(metavar="TASKS", help="JSON lines: passages and the questions that they answer."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where the prior goes.")] = Path(
+        "prior.safetensors"
+    ),
+    dev: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--dev",
+            metavar="FILE",
+            help="Tasks to choose the best by; repeatable. If not set, a twentieth of the titles is kept aside.",
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option("--init", metavar="PRIOR", help="A prior of the same model to begin with; `shipped` for its own."),
+    ] = None,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            "--objective",
+            metavar="regrad|direct|rag",
+            help="A prior, or a fine-tuned baseline that answers without or with the passages.",
+        ),
+    ] = Objective.regrad,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps.")] = 1000,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Tasks a step.")] = 4,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", metavar="R", min=0, help="Learning rate of the prior at its height.")
+    ] = 1e-3,
+    step_rate: Annotated[
+        float, typer.Option("--step-lr", metavar="R", min=0, help="Learning rate of the log step sizes.")
+    ] = 1e-2,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", min=1, help="Rank of the adapted tensors.")] = 8,
+    mix_context: Annotated[
+        float,
+        typer.Option("--mix-context", metavar="P", help="Share of tasks of which a question also sees the passages."),
+    ] = 0.25,
+    strangers: Annotated[
+        float,
+        typer.Option("--strangers", metavar="P", help="Share of tasks with other tasks' passages among their own."),
+    ] = 0.4,
+    k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Passages of a task, then; and of an answer.")] = 3,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", metavar="T", help="Weights are softmax(score / T) of the passages' scores."),
+    ] = 0.05,
+    questions: Annotated[
+        int, typer.Option("--questions", metavar="N", min=1, help="The most questions of a task at a time.")
+    ] = 4,
+    first_order: Annotated[
+        bool, typer.Option("--first-order", help="Leave out the second derivatives: a third of the time, less learned.")
+    ] = False,
+    through: Annotated[
+        str | None,
+        typer.Option("--codec", metavar="CODEC", help="Learn through this codec, such as r1-int4; exact if not set."),
+    ] = None,
+    validate_every: Annotated[
+        int, typer.Option("--validate-every", metavar="N", min=1, help="Steps between validations.")
+    ] = 100,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="starter, a local folder, a GGUF file or a hub id.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option("--embedder", metavar="NAME", help="What finds the strangers; minilm if not set.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the start and of every choice.")] = 0,
+) -> int:
+    """Learn a prior: one under which the gradient of a passage makes its questions answerable.
+
+    Give the prior to `init --prior`, or to `ingest --stale --prior` for a bank that is there. Interrupted or killed,
+    the same command again goes on to the same result. Beside FILE: FILE.metrics.jsonl, FILE.curve.html, and
+    FILE.resume until it is done. A task that cannot be learned from is named and left out; the exit code is then 3.
+    """
+    options = {
+        "model": call.value("model", model),
+        "embedder": call.value("embedder", embedder),
+        "device": call.value("device", call.device),
+        "dtype": call.value("dtype", call.dtype),
+    }
+    from regrad_cli import metatrain
+
+    events = metatrain.meta_train(
+        metatrain.MetaTrainOptions(
+            tasks=tuple(tasks),
+            out=out,
+            dev=tuple(dev or ()),
+            init=init,
+            objective=objective.value,
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            step_rate=step_rate,
+            rank=rank,
+            mix_context=mix_context,
+            strangers=strangers,
+            k=k,
+            temperature=temperature,
+            questions=questions,
+            first_order=first_order,
+            codec=through,
+            validate_every=validate_every,
+            seed=seed,
+            **options,
+        )
+    )
+    call.resume = "run the same command again to go on"
+    partial = False
+    told: set[str] = set()  # names of tasks: one that is left out comes again and again
+    with call.follow(events) as results:
+        for event in results:
+            if isinstance(event, TrainStep | Validated):
+                _skipped(call.terminal, event.skipped, told)
+            if isinstance(event, TrainStep):
+                _step(call.terminal, event)
+            elif isinstance(event, Validated):
+                _validated(call.terminal, event)
+            elif isinstance(event, Trained):
+                _trained(call.terminal, event)
+                partial = bool(event.skipped)
+    return EXIT_PARTIAL if partial else EXIT_DONE
+
+
+def _skipped(terminal: Terminal, skipped: Sequence[str], told: set[str]) -> None:
+    for name, reason in (each.split(": ", 1) for each in skipped):
+        if name not in told:
+            told.add(name)
+            terminal.skipped(name, reason)
+
+
+def _step(terminal: Terminal, event: TrainStep) -> None:
+    if terminal.json:
+        terminal.record({"type": "step", **asdict(event)})
+    loss = "" if event.loss is None else f"loss {event.loss:.3f}"
+    terminal.progress(Progress("learning", event.step, event.steps, loss, event.left_s))
+
+
+def _validated(terminal: Terminal, event: Validated) -> None:
+    if terminal.json:
+        terminal.record({"type": "validated", **asdict(event)})
+    else:
+        best = ", the best so far" if event.best else ""
+        terminal.notice(f"after step {event.step}, answer loss on dev tasks: {_losses(event.losses)}{best}")
+
+
+def _trained(terminal: Terminal, event: Trained) -> None:
+    if terminal.json:
+        terminal.record({"type": "trained", **asdict(event)})
+        return
+    kept = f", of step {event.best_step}" if event.best_step != event.steps else ""
+    terminal.text(
+        f"{event.file}: learned from {event.tasks} tasks in {event.steps} steps{kept}, {event.elapsed_s:.0f} s"
+    )
+    if event.losses:
+        terminal.text(f"answer loss on dev tasks: {_losses(event.losses)}")
+
+
+def _losses(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+
+
+def register(app: typer.Typer) -> None:
+    """Put `meta-train` into the application."""
+    command(app, "meta-train", device=True, dtype=True, section="Learn and measure")(meta_train)

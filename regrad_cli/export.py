@@ -1,0 +1,134 @@
+"""A question → the adapted weights as a PEFT adapter folder. Yields events; prints nothing.
+
+Loads no weights of the language model: a bank's rows, its prior and the model's structure are all that an adapter is.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from regrad_cli.answer import Answerer, AskOptions, used
+from regrad_cli.errors import StorageFailed, UsageProblem
+from regrad_cli.models import HUB_ID
+from regrad_cli.records import Exported, Notice
+
+# What PEFT writes into such a folder: what --force may remove.
+OF_AN_ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"})
+
+
+def export(
+    bank: Path,
+    question: str,
+    out: Path,
+    options: AskOptions,
+    *,
+    force: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    snapshot: int | None = None,
+    skip_damaged: bool = False,
+    model: str | None = None,
+    search: str = "auto",
+) -> Iterator[Notice | Exported]:
+    """Writes what mode regrad would answer this question with as an adapter; the last event is Exported.
+
+    out     the folder to make: whole, or not at all
+    dtype   the number format of the adapter's tensors; `auto` is fp32
+    force   replaces an adapter that is there
+    raises  UsageProblem where nothing in the bank fits, or `out` holds something; StorageFailed where it cannot be
+            written; Damaged where a passage it needs is damaged
+    """
+    if not question.strip():
+        raise UsageProblem("the question is empty")
+    out = out.expanduser().resolve()
+    if bank.resolve() in (out, *out.parents):
+        raise UsageProblem(f"{out} is in the bank's own folder", "name a folder elsewhere")
+    _refuse_taken(out, force)
+    with Answerer(
+        bank, modes={"regrad"}, device=device, snapshot=snapshot, skip_damaged=skip_damaged, model=model, search=search
+    ) as answerer:
+        found = yield from answerer.retrieve(question, options)
+        if not found.hits:
+            raise UsageProblem(
+                "nothing in the bank fits this question, so there is nothing to adapt the model with",
+                "`regrad query` shows what is near it; a lower --min-score lets in what fits less",
+            )
+        settings = answerer.settings
+        if not settings.prior_trained:
+            yield Notice("this bank's prior is untrained: expect an adapter that answers poorly")
+        from regrad_cli.learn.peft_layout import adapter_files, projections_of
+        from regrad_cli.learn.prompt import question_text
+
+        adaptation = answerer.adaptation(found, options.gamma)
+        folder = answerer.model_folder
+        base_model = base_model_name(model or settings.model_name, folder)
+        projections = projections_of(folder)
+        files = adapter_files(adaptation.prior, adaptation.change(), projections, base_model, dtype)
+    _write_folder(out, files, force)
+    yield Exported(
+        path=str(out),
+        question=question,
+        prompt=question_text(question),
+        base_model=base_model,
+        prior=settings.prior_name,
+        bank=str(bank),
+        rank=next(iter(adaptation.prior.tensors.values())).shape[0],
+        modules=len(projections),
+        size_bytes=sum(map(len, files.values())),
+        passages=tuple(used(hit, weight) for hit, weight in zip(found.hits, adaptation.weights, strict=True)),
+        partial=bool(found.left_out),
+        notices=found.left_out,
+    )
+
+
+def base_model_name(name: str, folder: Path) -> str:
+    """What other programs know the model by: its hub id, or its folder where it is the starter, a folder or a file."""
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else str(folder)
+
+
+def _refuse_taken(out: Path, force: bool) -> None:
+    """raises UsageProblem unless there is nothing at `out`, an empty folder, or, with `force`, an adapter"""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise UsageProblem(f"{out} is there and is no folder", "name another with --out")
+    entries = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in entries if name not in OF_AN_ADAPTER]
+    if foreign:
+        raise UsageProblem(f"{out} holds what is not an adapter's ({foreign[0]})", "name another folder with --out")
+    if entries and not force:
+        raise UsageProblem(f"{out} holds an adapter already", "--force replaces it; or name another folder with --out")
+
+
+def _write_folder(out: Path, files: Mapping[str, bytes], force: bool) -> None:
+    """Makes the folder beside its place and renames it there: what is at `out` is whole at every moment.
+
+    raises  UsageProblem where `out` was taken meanwhile; StorageFailed
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as work:
+            made, old = Path(work) / "made", Path(work) / "old"
+            made.mkdir()
+            for name, data in files.items():
+                with (made / name).open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+            _refuse_taken(out, force)
+            if out.exists() and any(out.iterdir()):
+                out.rename(old)
+            try:
+                made.rename(out)
+            except BaseException:
+                if old.exists():
+                    old.rename(out)
+                raise
+    except OSError as error:
+        raise StorageFailed(
+            f"could not write the adapter to {out}: {error.strerror or error}",
+            "nothing was changed; make room, or name another folder with --out",
+        ) from error

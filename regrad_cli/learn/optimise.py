@@ -1,0 +1,185 @@
+"""The state of a training run: prior, step sizes, AdamW's moments, the best so far. Knows tensors and bytes, no tasks.
+
+The prior follows one learning rate, log α another, each with a clip of its own; log α is never decayed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from regrad_cli.errors import Damaged
+from regrad_cli.learn.prior import Prior
+
+Tensors = dict[str, torch.Tensor]
+FORMAT = "regrad training 1"
+CLIP = 0.5
+WARM_UP = 0.1  # of all steps; then linear to zero
+
+
+class Best(NamedTuple):
+    """The best so far: after which step, its score, and how many dev tasks had to be left out of that."""
+
+    step: int
+    score: float
+    left_out: int
+    theta: Tensors
+    log_steps: dict[str, float]
+
+
+class Training:
+    """θ and log α under AdamW, on the CPU in fp32; same gradients in the same order, same bits.
+
+    start           the prior to begin with
+    steps           how many there will be: the learning rate falls to zero with the last
+    learning_rate   of θ at its height; step_rate that of log α (0 keeps them)
+
+    step        how many are done; `updates` of them changed something
+    failed      how many in a row, up to now, found nothing but losses that are not finite
+    validated   the step after which the dev tasks were measured last; -1: never
+    """
+
+    def __init__(self, start: Prior, *, steps: int, learning_rate: float, step_rate: float) -> None:
+        self.step = self.failed = 0
+        self.validated = -1
+        self.steps = steps
+        self.best: Best | None = None
+        self._names = list(start.tensors)
+        self._theta = [tensor.detach().clone().float() for tensor in start.tensors.values()]
+        logs = [start.log_step_sizes[name] for name in self._names]
+        self._logs = torch.tensor(logs, dtype=torch.float32)
+        self._rates = (learning_rate, step_rate)
+        groups = [{"params": self._theta, "lr": learning_rate}, {"params": [self._logs], "lr": step_rate}]
+        self._adam = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
+
+    @property
+    def theta(self) -> Tensors:
+        return dict(zip(self._names, self._theta, strict=True))
+
+    @property
+    def log_steps(self) -> dict[str, float]:
+        return dict(zip(self._names, self._logs.tolist(), strict=True))
+
+    @property
+    def step_sizes(self) -> dict[str, float]:
+        """{name: α}"""
+        return {name: math.exp(log) for name, log in self.log_steps.items()}
+
+    @property
+    def updates(self) -> int:
+        return int(max((float(state["step"]) for state in self._adam.state.values()), default=0.0))
+
+    @property
+    def rate_share(self) -> float:
+        """The share of the learning rates that the next step takes."""
+        warm = max(1, round(WARM_UP * self.steps))
+        if self.step < warm:
+            return (self.step + 1) / warm
+        return max(0.0, (self.steps - self.step) / max(1, self.steps - warm))
+
+    @property
+    def learning_rate(self) -> float:
+        return self._rates[0] * self.rate_share
+
+    def update(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None,
+        log_steps: Mapping[str, float] | None = None,
+        *,
+        failed: bool = False,
+    ) -> None:
+        """One step along mean gradients; None counts the step and changes nothing. failed: none of them was finite."""
+        if tensors is not None:
+            for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+                group["lr"] = rate * self.rate_share
+            for name, parameter in zip(self._names, self._theta, strict=True):
+                parameter.grad = tensors[name].detach().to("cpu", torch.float32)
+            logs = log_steps or dict.fromkeys(self._names, 0.0)
+            self._logs.grad = torch.tensor([logs[name] for name in self._names], dtype=torch.float32)
+            for part in (self._theta, [self._logs]):
+                torch.nn.utils.clip_grad_norm_(part, CLIP)
+            self._adam.step()
+        if tensors is not None or failed:
+            self.failed = 0 if tensors is not None else self.failed + 1
+        self.step += 1
+
+    def keep_if_best(self, score: float, left_out: int = 0) -> bool:
+        """Keeps θ and α if nothing before scored lower, or fewer tasks had to be left out of the score; whether it did.
+
+        Scores over fewer tasks do not compare: a θ under which some tasks have no finite loss is the worse one.
+        """
+        if not math.isfinite(score):
+            return False
+        if self.best is not None and (left_out, score) >= (self.best.left_out, self.best.score):
+            return False
+        theta = {name: tensor.clone() for name, tensor in self.theta.items()}
+        self.best = Best(self.step, score, left_out, theta, self.log_steps)
+        return True
+
+    def to_bytes(self, settings: Mapping[str, Any]) -> bytes:
+        """Everything that a later process needs to go on, as one safetensors file; `settings` says of which run."""
+        tensors = {f"theta.{name}": tensor for name, tensor in self.theta.items()} | {"logs": self._logs}
+        for name, parameter in zip([*self._names, "logs"], [*self._theta, self._logs], strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if parameter in self._adam.state:
+                    tensors[f"{moment}.{name}"] = self._adam.state[parameter][moment]
+        counts = {name: getattr(self, name) for name in ("step", "failed", "validated", "updates")}
+        card: dict[str, Any] = {"format": FORMAT, **counts, "best": None}
+        if self.best is not None:
+            kept_best = self.best
+            card["best"] = {"step": kept_best.step, "score": kept_best.score, "left_out": kept_best.left_out}
+            card["best"]["logs"] = kept_best.log_steps
+            tensors |= {f"best.{name}": tensor for name, tensor in kept_best.theta.items()}
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return save(kept, metadata={"card": json.dumps(card), "settings": json.dumps(dict(settings))})
+
+    def restore(self, data: bytes) -> None:
+        """Goes on where `to_bytes` was called.
+
+        raises  Damaged where the bytes are not of such a run, or hold a value that is not finite
+        """
+        try:
+            card = json.loads(metadata_of(data)["card"])
+            if card["format"] != FORMAT:
+                raise ValueError("another format")
+            tensors = load(data)
+            broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+            if broken:
+                raise ValueError(f"{broken[0]} is not finite")
+            for name, parameter in zip(self._names, self._theta, strict=True):
+                parameter.copy_(tensors[f"theta.{name}"])
+            self._logs.copy_(tensors["logs"])
+            if card["updates"]:
+                for name, parameter in zip([*self._names, "logs"], [*self._theta, self._logs], strict=True):
+                    self._adam.state[parameter] = {
+                        "step": torch.tensor(float(card["updates"])),
+                        "exp_avg": tensors[f"exp_avg.{name}"].clone(),
+                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].clone(),
+                    }
+            self.step = int(card["step"])
+            self.failed = int(card.get("failed", 0))
+            self.validated = int(card.get("validated", self.step))
+            best = card["best"]
+            if best is not None:
+                theta = {name: tensors[f"best.{name}"] for name in self._names}
+                self.best = Best(best["step"], best["score"], best.get("left_out", 0), theta, best["logs"])
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise Damaged(f"the run to go on with cannot be read: {error}", "remove that file to begin anew") from error
+
+
+def metadata_of(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file's bytes.
+
+    raises  ValueError or KeyError where there is none
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+        raise KeyError("__metadata__")
+    return header["__metadata__"]

@@ -1,0 +1,370 @@
+"""Tasks → a prior. Yields events; prints nothing. Resumable: killed at any moment, it goes on to the same result."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrad_cli.characters import printable_name
+from regrad_cli.engine import narrated, shipped_prior
+from regrad_cli.episodes import Episodes, Nearest
+from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
+from regrad_cli.fingerprints import fingerprint, fingerprint_embedder
+from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
+from regrad_cli.records import Notice, Progress, Skipped, Task, Trained, TrainStep, Validated, sha256_hex
+from regrad_cli.tasks import read_tasks
+from regrad_cli.trainfiles import TrainFiles, last_losses
+from regrad_cli.trainoptions import MetaTrainOptions, held_out, refuse, spread
+
+if TYPE_CHECKING:
+    from regrad_cli.learn.meta import Episode
+    from regrad_cli.learn.model import Model
+    from regrad_cli.learn.optimise import Training
+    from regrad_cli.learn.prior import Prior
+    from regrad_cli.learn.workers import Workers
+
+Event = Notice | Progress | Skipped | TrainStep | Validated | Trained
+SHIPPED = "shipped"  # as --init: the prior of this model that comes with regrad
+BAD_STEPS = 3  # in a row, before a run stops: what made them will not go away
+NOT_FINITE = "its loss or gradient is not finite"
+EMBEDDED = 128  # passages between two words of progress
+
+
+def meta_train(options: MetaTrainOptions) -> Iterator[Event]:
+    """Learns a prior from tasks; the last event is Trained. Goes on where an earlier run of the same settings stopped.
+
+    raises  UsageProblem, ModelUnavailable, Locked, StorageFailed, Mismatch for an --init of another model, NonFinite
+            where nothing but losses that are not finite come; what was learned before is kept in the `.resume` file
+    """
+    refuse(options)
+    tasks, problems = read_tasks(options.tasks)
+    dev, dev_problems = read_tasks(options.dev) if options.dev else ([], [])
+    problems += dev_problems
+    yield from problems
+    if not options.dev:
+        tasks, dev = held_out(tasks)
+        yield Notice(
+            f"{len(dev)} tasks are kept aside to choose the best by (their titles are in no other task)"
+            if dev
+            else "too few tasks to keep some aside and choose the best by: the last step's prior will be the result"
+        )
+    with TrainFiles(options.out) as files:
+        folders: list[ModelFolder] = []
+        yield from narrated(partial(resolve_model, options.model), folders)
+        run = _Run(options, files, folders[0], tasks, spread(dev, options.dev_tasks))
+        run.skipped += [f"{problem.source}: {problem.reason}" for problem in problems]
+        yield from run.events()
+
+
+class _Run:
+    """One run: model, start, episodes.
+
+    whole   whether what was learned and what was noted of it are of one and the same step: what Ctrl-C may keep
+    """
+
+    def __init__(
+        self, options: MetaTrainOptions, files: TrainFiles, folder: ModelFolder, tasks: list[Task], dev: list[Task]
+    ) -> None:
+        self.options = options
+        self.files = files
+        self.folder = folder
+        self.tasks = tasks
+        self.dev = dev
+        self.identity = fingerprint(folder.path)
+        self.embedder: str | None = None  # the fingerprint of what found the strangers
+        self.init = None if options.init is None else self._init_bytes(options.init)
+        self.data = {"data": _data(options.tasks), "dev": _data(options.dev)}
+        self.settings = self._settings()
+        self.skipped: list[str] = []
+        self.whole = False
+        self.kept_at = time.perf_counter()
+        self.before_s = 0.0  # seconds that earlier processes spent on this run
+        quiet_libraries()
+
+    def _init_bytes(self, init: Path) -> bytes:
+        """The file of the prior to begin with. raises UsageProblem where there is none"""
+        if str(init) == SHIPPED:
+            shipped = shipped_prior(self.identity)
+            if shipped is None:
+                raise UsageProblem(
+                    f"no prior of {self.folder.name} comes with regrad", "name a file, or leave --init out"
+                )
+            return shipped
+        try:
+            return init.read_bytes()
+        except OSError as error:
+            raise UsageProblem(f"the prior {init} cannot be read: {error.strerror}") from None
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run must share with the one it goes on from."""
+        free = ("out", "tasks", "dev", "init", "device", "checkpoint_s")
+        kept = {name: value for name, value in asdict(self.options).items() if name not in free}
+        init = None if self.init is None else sha256_hex(self.init)
+        return kept | self.data | {"init": init, "model": self.identity.model}
+
+    def events(self) -> Iterator[Event]:
+        kept = self.files.kept(self.settings)
+        from regrad_cli.learn.meta import MetaLearner
+        from regrad_cli.learn.model import load_model
+        from regrad_cli.learn.optimise import Training
+        from regrad_cli.learn.workers import Workers
+
+        options = self.options
+        model = load_model(self.folder.path, device=options.device, dtype=options.dtype)
+        yield Notice(f"computing on {model.device}, {str(model.dtype).removeprefix('torch.')}")
+        start = self._start(model, search=kept is None)
+        training = Training(
+            start,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            step_rate=options.step_rate if options.objective == "regrad" else 0.0,
+        )
+        yield from self._resumed(training, kept)
+        nearest = yield from self._neighbours() if options.rules.strangers and options.k > 1 else _nothing()
+        episodes = Episodes(
+            model, self.tasks, options.rules, self._rule(start).weights_for, seed=options.seed, nearest=nearest
+        )
+        kinds, problems = episodes.for_validation(self.dev)
+        yield from problems
+        self.skipped += [f"{problem.source}: {problem.reason}" for problem in problems]
+        learner = MetaLearner(model, start.scale, first_order=options.first_order, codec=self._codec(start))
+        with learner.ready(), Workers(learner) as workers:
+            self.whole = True
+            try:
+                yield from self._steps(training, episodes, kinds, workers)
+            except BaseException:  # Ctrl-C and a full disk alike: what was learned stays
+                if self.whole:
+                    with contextlib.suppress(Exception):
+                        self._keep(training)
+                raise
+        yield self._finish(training, start, model)
+
+    def _start(self, model: Model, *, search: bool) -> Prior:
+        """The prior to begin with. search: also its step size, where it is a seeded one"""
+        from regrad_cli.learn.model import load_model
+        from regrad_cli.learn.prior import Prior, seeded_prior
+        from regrad_cli.learn.steps import with_found_step_size
+
+        options = self.options
+        if self.init is None:
+            seeded = seeded_prior(model, self.identity.model, rank=options.rank, seed=options.seed)
+            if options.objective != "regrad" or not search:
+                return seeded
+            # In fp32 on the CPU whatever computes later, so that one seed is one start on every machine.
+            return with_found_step_size(load_model(self.folder.path, device="cpu", dtype="fp32"), seeded)
+        prior = Prior.from_bytes(self.init, str(options.init))
+        if prior.card.get("model") != self.identity.model:
+            raise Mismatch(
+                f"the prior {options.init} is of another model than {self.folder.name}", "use a prior of this model"
+            )
+        prior.check(model.projections)
+        return prior
+
+    def _resumed(self, training: Training, kept: bytes | None) -> Iterator[Notice]:
+        files = self.files
+        if kept is None:
+            files.take_up(-1, -1)
+            return
+        try:
+            training.restore(kept)
+        except Damaged as error:
+            raise files.damaged() from error
+        files.take_up(training.step, training.validated)
+        self.before_s = max((entry.get("elapsed_s", 0.0) for entry in files.entries), default=0.0)
+        self.skipped += [told for entry in files.entries for told in entry.get("skipped", [])]
+        yield Notice(f"going on after step {training.step} of {training.steps}, from {files.resume}")
+
+    def _rule(self, start: Prior) -> Prior:
+        """The start with the rule for w and k that this run trains for."""
+        options = self.options
+        rule = {"k": options.k, "weights": "softmax", "temperature": options.temperature, "gamma": 1.0}
+        return replace(start, card=start.card | rule)
+
+    def _codec(self, start: Prior) -> Any:
+        if self.options.codec is None:
+            return None
+        from regrad_cli.learn.codec import Codec, parse_codec
+
+        codec = Codec(parse_codec(self.options.codec), start.shapes)
+
+        def through(tensors: dict[str, Any]) -> dict[str, Any]:
+            device = next(iter(tensors.values())).device
+            return codec.decode(*codec.encode(tensors), device)
+
+        return through
+
+    def _neighbours(self) -> Generator[Event, None, Nearest]:
+        import numpy as np
+
+        from regrad_cli.embed import load_embedder
+        from regrad_cli.learn.model import choose_device
+
+        folders: list[ModelFolder] = []
+        yield from narrated(partial(resolve_embedder, self.options.embedder), folders)
+        self.embedder = fingerprint_embedder(folders[0].path)
+        embedder = load_embedder(folders[0].path, device=str(choose_device(self.options.device)))
+        texts = [text for task in self.tasks for text in task.embedding_texts]
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # like lengths fill a pass
+        vectors = np.zeros((len(texts), embedder.dimension), np.float32)
+        for begin in range(0, len(order), EMBEDDED):
+            yield Progress("embedding passages, for strangers in the sum", begin, len(texts))
+            part = order[begin : begin + EMBEDDED]
+            vectors[part] = embedder.encode([texts[place] for place in part])
+        return Nearest(self.tasks, vectors, embedder.encode)
+
+    def _steps(
+        self,
+        training: Training,
+        episodes: Episodes,
+        kinds: Mapping[str, Sequence[Episode]],
+        workers: Workers,
+    ) -> Generator[Event, None, None]:
+        began, first = time.perf_counter(), training.step
+        self.kept_at = began
+        while True:
+            self._keep_if_due(training)
+            if self._validation_is_due(training, kinds):
+                yield self._validated(training, kinds, workers)
+                self._keep_if_due(training)
+            if training.step >= training.steps:
+                break
+            yield self._step(training, episodes, workers, began, first)
+        self.before_s += time.perf_counter() - began
+
+    def _step(self, training: Training, episodes: Episodes, workers: Workers, began: float, first: int) -> TrainStep:
+        from regrad_cli.learn.workers import mean_gradient
+
+        drawn = episodes.at(training.step, self.options.batch)
+        skipped = [item for item in drawn if isinstance(item, str)]
+        usable = [item for item in drawn if not isinstance(item, str)]
+        rate = training.learning_rate
+        parts = workers.gradients(training.theta, training.step_sizes, usable)
+        good = [part for _, part in parts if part.finite]
+        broken = [f"{episode.name}: {NOT_FINITE}" for episode, part in parts if not part.finite]
+        if broken and not good and training.failed + 1 >= BAD_STEPS:
+            raise NonFinite(
+                f"no task of the last {BAD_STEPS} steps has a finite loss and gradient; the last is {broken[-1]}",
+                "look at the tasks named, or lower --lr; with other tasks or settings, give another --out",
+            )
+        losses = [float(loss) for part in good for loss in part.losses]
+        self.whole = False
+        training.update(*mean_gradient(good), failed=bool(broken))
+        elapsed_s = time.perf_counter() - began
+        event = TrainStep(
+            step=training.step,
+            steps=training.steps,
+            loss=sum(losses) / len(losses) if losses else None,
+            learning_rate=rate,
+            elapsed_s=self.before_s + elapsed_s,
+            left_s=elapsed_s / (training.step - first) * (training.steps - training.step),
+            skipped=(*skipped, *broken),
+        )
+        self.skipped += event.skipped
+        self.files.note(asdict(event))
+        self.whole = True
+        return event
+
+    def _validation_is_due(self, training: Training, kinds: Mapping[str, Sequence[Episode]]) -> bool:
+        step = training.step
+        wanted = step % self.options.validate_every == 0 or step == training.steps
+        return any(kinds.values()) and wanted and training.validated != step
+
+    def _validated(self, training: Training, kinds: Mapping[str, Sequence[Episode]], workers: Workers) -> Validated:
+        found = {
+            kind: {
+                episode.name: loss
+                for episode, loss in zip(
+                    episodes, workers.losses(training.theta, training.step_sizes, episodes), strict=True
+                )
+            }
+            for kind, episodes in kinds.items()
+        }
+        own = (losses for kind, losses in found.items() if kind != "other")  # whose passages are another's
+        broken = {name for losses in own for name, loss in losses.items() if not math.isfinite(loss)}
+        kept = {
+            kind: [loss for name, loss in losses.items() if name not in broken and math.isfinite(loss)]
+            for kind, losses in found.items()
+        }
+        means = {kind: sum(losses) / len(losses) for kind, losses in kept.items() if losses}
+        wanted = [means[kind] for kind in ("own", "shown") if kind in means] or list(means.values())
+        chosen = sum(wanted) / len(wanted) if wanted else None
+        self.whole = False
+        event = Validated(
+            step=training.step,
+            losses=means,
+            chosen=chosen,
+            best=chosen is not None and training.keep_if_best(chosen, len(broken)),
+            skipped=tuple(f"{name}: {NOT_FINITE}" for name in sorted(broken)),
+        )
+        training.validated = training.step
+        self.skipped += event.skipped
+        self.files.note(asdict(event))
+        self.whole = True
+        return event
+
+    def _keep(self, training: Training) -> None:
+        self.files.keep(training.to_bytes(self.settings))
+        self.kept_at = time.perf_counter()
+
+    def _keep_if_due(self, training: Training) -> None:
+        if time.perf_counter() - self.kept_at >= self.options.checkpoint_s:
+            self._keep(training)
+
+    def _finish(self, training: Training, start: Prior, model: Model) -> Trained:
+        if not training.updates:
+            problem = NonFinite if training.failed else UsageProblem
+            raise problem(f"nothing was learned: every task was left out, the last was {self.skipped[-1]}")
+        step, theta, logs = training.step, training.theta, training.log_steps
+        if training.best is not None:
+            step, theta, logs = training.best.step, training.best.theta, training.best.log_steps
+        losses = last_losses(self.files.entries, step)
+        if self.options.step_rate == 0 or self.options.objective != "regrad":
+            logs = start.log_step_sizes  # in all their digits
+        card = self._card(model, step, training.steps, losses, next(iter(theta.values())).shape[0])
+        self.files.finish(replace(start, tensors=theta, log_step_sizes=logs, card=card).to_bytes())
+        skipped = tuple(dict.fromkeys(self.skipped))
+        return Trained(str(self.options.out), training.step, step, losses, len(self.tasks), skipped, self.before_s)
+
+    def _card(self, model: Model, step: int, steps: int, losses: dict[str, float], rank: int) -> dict[str, Any]:
+        """What the prior says of itself. No paths: it travels."""
+        from regrad_cli.learn.model import DTYPES
+
+        options = self.options
+        elsewhere = ("tasks", "dev", "out", "init", "device", "model", "embedder", "checkpoint_s")
+        settings = {name: value for name, value in asdict(options).items() if name not in elsewhere}
+        settings["dtype"] = next(name for name, kind in DTYPES.items() if kind == model.dtype)
+        settings["rank"] = rank
+        return {
+            "name": printable_name(options.out.stem),
+            "trained": True,
+            "objective": options.objective,
+            "rank": rank,
+            "model": self.identity.model,
+            "tokenizer": self.identity.tokenizer,
+            "embedder": self.embedder,
+            "init": None if self.init is None else sha256_hex(self.init),
+            "seed": options.seed,
+            "steps": steps,
+            "best_step": step,
+            "losses": losses,
+            "k": options.k,
+            "weights": "softmax",
+            "temperature": options.temperature,
+            "gamma": 1.0,
+            **self.data,
+            "settings": settings,
+        }
+
+
+def _data(files: Sequence[Path]) -> list[dict[str, str]]:
+    return [{"file": printable_name(file.name), "sha256": sha256_hex(file.read_bytes())} for file in files]
+
+
+def _nothing() -> Generator[Event, None, None]:
+    yield from ()

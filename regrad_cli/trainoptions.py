@@ -1,0 +1,106 @@
+"""What a training run is asked for: its options, what cannot be done, which tasks are learned from and which choose.
+Knows no model and no tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from regrad_cli.episodes import OBJECTIVES, EpisodeRules
+from regrad_cli.errors import UsageProblem
+from regrad_cli.records import Task
+
+HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
+
+
+@dataclass(frozen=True, slots=True)
+class MetaTrainOptions:
+    """What to learn from, and how.
+
+    steps           how many; batch: tasks in each
+    dev             task files to validate on and choose the best by; none: the last step's prior is the result
+    init            a prior to begin with, or "shipped"; None: a seeded start
+    learning_rate   of θ; step_rate: of log α
+    temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
+    codec           None: exact gradients in the inner step; else through this codec, straight through
+    validate_every  steps; checkpoint_s: seconds between files to go on from
+    """
+
+    tasks: tuple[Path, ...]
+    out: Path
+    dev: tuple[Path, ...] = ()
+    model: str = "starter"
+    embedder: str = "minilm"
+    init: Path | None = None
+    objective: str = "regrad"
+    steps: int = 1000
+    batch: int = 4
+    learning_rate: float = 1e-3
+    step_rate: float = 1e-2
+    rank: int = 8
+    mix_context: float = 0.25
+    strangers: float = 0.4
+    k: int = 3
+    temperature: float = 0.05
+    questions: int = 4
+    first_order: bool = False
+    codec: str | None = None
+    seed: int = 0
+    validate_every: int = 100
+    dev_tasks: int = 96
+    checkpoint_s: float = 120.0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def rules(self) -> EpisodeRules:
+        strangers = self.strangers if self.objective != "direct" else 0.0
+        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, self.questions)
+
+
+def refuse(options: MetaTrainOptions) -> None:
+    """raises UsageProblem for what cannot be done"""
+    if options.objective not in OBJECTIVES:
+        raise UsageProblem(f"there is no objective '{options.objective}'", f"use one of {', '.join(OBJECTIVES)}")
+    for name in ("steps", "batch", "k", "questions", "rank", "validate_every", "dev_tasks"):
+        if getattr(options, name) < 1:
+            raise UsageProblem(f"{name.replace('_', '-')} must be at least 1")
+    for name in ("mix_context", "strangers"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UsageProblem(f"--{name.replace('_', '-')} is a share, between 0 and 1")
+    for option, value in (("--lr", options.learning_rate), ("--temperature", options.temperature)):
+        if not (value > 0 and math.isfinite(value)):
+            raise UsageProblem(f"{option} must be above 0")
+    if not (options.step_rate >= 0 and math.isfinite(options.step_rate)):
+        raise UsageProblem("--step-lr must not be below 0")
+    if options.codec is not None:
+        from regrad_cli.learn.codec import parse_codec
+
+        parse_codec(options.codec)
+    out = options.out.resolve()
+    for read in (*options.tasks, *options.dev, *([options.init] if options.init is not None else [])):
+        if read.resolve() == out:
+            raise UsageProblem(f"--out is {read}, which is to be read", "give --out another name")
+
+
+def spread(tasks: Sequence[Task], count: int) -> list[Task]:
+    """At most `count` tasks, taken evenly over all of them."""
+    if len(tasks) <= count:
+        return list(tasks)
+    return [tasks[place * len(tasks) // count] for place in range(count)]
+
+
+def held_out(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    """Tasks to learn from and tasks to choose by: one title in twenty, the same ones whatever else is in the files.
+
+    A task without a title goes by its first passage. Of few tasks none is kept aside.
+    """
+    parts: tuple[list[Task], list[Task]] = ([], [])
+    for task in tasks:
+        digest = hashlib.sha256((task.title or task.passages[0]).encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") % HELD_OUT == 0].append(task)
+    return parts if all(parts) and len(tasks) >= 2 * HELD_OUT else (list(tasks), [])

@@ -1,0 +1,159 @@
+"""Questions answered in one way after another, in batches, and what each answer is worth.
+
+Every way gets the same prompt (but for the passages it shows), the same questions and greedy decoding, so that what
+differs are the weights and the context alone. What an answer is does not depend on which ways were tried before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from regrad_cli.adaptation import Adaptation
+from regrad_cli.evidence import Asked, Evidence
+from regrad_cli.records import Difference, ModeScore, Scored, Scores
+from regrad_cli.scores import exact_match, f1, interval, resampled_means
+
+if TYPE_CHECKING:
+    from regrad_cli.learn.codec import Codec
+    from regrad_cli.learn.model import Model
+    from regrad_cli.learn.prior import Prior
+
+# Whose difference is worth an interval, where both were measured.
+PAIRS = (
+    ("regrad", "direct-tuned"), ("both", "rag-tuned"), ("regrad", "rag"), ("regrad", "direct"), ("both", "rag"),
+    ("both", "regrad"), ("regrad", "cpt"), ("prior", "direct-tuned"), ("other", "direct-tuned"),
+    ("random", "direct-tuned"), ("regrad", "prior"), ("regrad", "other"), ("regrad", "random"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of answering.
+
+    shows   passages stand in the prompt
+    lora    what the model answers with: θ, or a fine-tuned baseline's; None for the untouched model
+    source  whose passages' gradients change `lora` for a question; None where none do. A question for which there are
+            none is answered by the untouched model, as `ask` does
+    alter   what is made of that adaptation before it is applied
+    run     for mode random: which of its seeds
+    """
+
+    mode: str
+    shows: bool = False
+    lora: Prior | None = None
+    source: Callable[[Asked], Evidence] | None = None
+    alter: Callable[[Adaptation, Evidence], Adaptation] | None = None
+    run: int | None = None
+
+
+def noise(codec: Codec | None, seed: int, run: int) -> Callable[[Adaptation, Evidence], Adaptation]:
+    """Replaces gradients by noise that is as strong, the same for the same evidence."""
+
+    def alter(adaptation: Adaptation, evidence: Evidence) -> Adaptation:
+        from regrad_cli.learn.controls import random_like
+
+        digest = hashlib.sha256(f"{seed} {run} {evidence.name}".encode("utf-8", "surrogatepass")).digest()
+        own = int.from_bytes(digest[:7], "big")
+        return replace(adaptation, gradients=random_like(adaptation.gradients, codec, seed=own))
+
+    return alter
+
+
+def answers(
+    model: Model, asked: Sequence[Asked], evidence: Mapping[int, Evidence], way: Way, max_tokens: int
+) -> Iterator[Scored]:
+    """Every question answered in this way, each scored; shortest prompts first."""
+    from regrad_cli.learn.generate import batches, greedy_batch
+    from regrad_cli.learn.prompt import prompt_ids
+
+    def nothing_fits(one: Asked) -> bool:
+        return way.source is not None and way.source(one).adapt is None
+
+    for untouched in (False, True):
+        group = [one for one in asked if nothing_fits(one) is untouched]
+        prompts = [
+            prompt_ids(model, one.question.question, evidence[one.number].shown if way.shows else ()) for one in group
+        ]
+        for batch in batches(model, list(map(len, prompts))):
+            chosen = [group[place] for place in batch]
+            start = time.perf_counter()
+            with nullcontext() if untouched else _weights(model, chosen, way):
+                tokens = greedy_batch(model, [prompts[place] for place in batch], max_tokens)
+            seconds = (time.perf_counter() - start) / len(batch)
+            for place, one, ids in zip(batch, chosen, tokens, strict=True):
+                text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
+                source = way.source(one) if way.source else evidence[one.number] if way.shows else None
+                yield Scored(
+                    number=one.number,
+                    dataset=one.dataset,
+                    task=one.task.id,
+                    question=one.question.question,
+                    answers=one.question.answers,
+                    mode=way.mode,
+                    answer=text,
+                    em=exact_match(text, one.question.answers),
+                    f1=f1(text, one.question.answers),
+                    seconds=seconds,
+                    prompt_tokens=len(prompts[place]),
+                    answer_tokens=len(ids),
+                    passages=source.titles if source and not untouched else (),
+                    run=way.run,
+                )
+
+
+def _weights(model: Model, chosen: Sequence[Asked], way: Way) -> AbstractContextManager[Any]:
+    """The context in which a batch is answered."""
+    from regrad_cli.learn.adapt import adapted
+    from regrad_cli.learn.generate import adapted_rows
+
+    if way.lora is None:
+        return nullcontext()
+    if way.source is None:
+        return adapted(model, way.lora)
+    changes: dict[Evidence, dict[str, Any]] = {}
+    rows = []
+    for one in chosen:
+        source = way.source(one)
+        if source not in changes:
+            assert source.adapt is not None
+            adaptation = source.adapt()
+            if way.alter is not None:
+                adaptation = way.alter(adaptation, source)
+            changes[source] = adaptation.change()
+        rows.append(changes[source])
+    return adapted_rows(model, way.lora, rows)
+
+
+def summary(results: Sequence[Scored], *, seed: int, retrieval: dict[str, float] | None = None) -> Scores:
+    """Means, intervals and differences of all modes over the same questions; a mode's runs count as one, their mean."""
+    modes = list(dict.fromkeys(one.mode for one in results))
+    numbers = sorted({one.number for one in results})
+    means: dict[str, dict[str, list[float]]] = {}
+    for mode in modes:
+        own: dict[int, list[Scored]] = {number: [] for number in numbers}
+        for one in results:
+            if one.mode == mode:
+                own[one.number].append(one)
+        means[mode] = {
+            field: [sum(getattr(one, field) for one in own[number]) / len(own[number]) for number in numbers]
+            for field in ("em", "f1", "seconds", "prompt_tokens", "answer_tokens")
+        }
+    resampled = resampled_means({mode: values["f1"] for mode, values in means.items()}, seed=seed)
+    scores = {}
+    for mode, values in means.items():
+        low, high = interval(resampled[mode])
+        over = {field: sum(column) / len(numbers) for field, column in values.items()}
+        scores[mode] = ModeScore(f1_low=low, f1_high=high, **over)
+    differences = {}
+    for one_mode, other in PAIRS:
+        if one_mode in scores and other in scores:
+            low, high = interval(resampled[one_mode] - resampled[other])
+            gap = scores[one_mode].f1 - scores[other].f1
+            differences[f"{one_mode} - {other}"] = Difference(gap, low, high)
+    tasks = len({(one.dataset, one.task) for one in results})
+    return Scores(tasks, len(numbers), scores, differences, retrieval)
