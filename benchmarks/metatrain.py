@@ -41,7 +41,9 @@ def run(place: Bench, options: Options) -> Result:
     from regrad_cli.learn.prior import seeded_prior
     from regrad_cli.learn.steps import with_found_step_size
     from regrad_cli.learn.workers import Workers, mean_gradient
+    from regrad_cli.models import quiet_libraries
 
+    quiet_libraries()
     rounds = options.rounds or ROUNDS
     count = options.tasks or TASKS[options.device]
     learned, kept_aside = split(count)

@@ -234,7 +234,7 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def page(stage: Stage) -> str:
+def page(stage: Stage, warning: str) -> str:
     everything = stage.bank(
         "all", stage.documents(*(f"{name}-{split}" for name in GENERAL for split in ("train", "dev")))
     )
@@ -246,7 +246,7 @@ def page(stage: Stage) -> str:
 
 Written by `python -m benchmarks.retrieval DATA --write`. What the figures mean and what was tried: docs/retrieval.md.
 
-{machine.describe("cpu")}
+{machine.describe("cpu")}{f" · {warning}" if warning else ""}
 
 ## Recall
 
@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="regrad-retrieval-")))
         stack.enter_context(patch.dict(os.environ, environment(folder), clear=True))
-        text = page(Stage(folder, chosen.data))
+        text = page(Stage(folder, chosen.data), warning)
     print(text, end="")
     if chosen.write:
         RESULTS.write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.characters import printable_name
-from regrad_cli.engine import narrated, shipped_prior
+from regrad_cli.engine import SHIPPED, narrated, shipped_prior
 from regrad_cli.episodes import Episodes, Nearest
 from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import fingerprint, fingerprint_embedder
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from regrad_cli.learn.workers import Workers
 
 Event = Notice | Progress | Skipped | TrainStep | Validated | Trained
-SHIPPED = "shipped"  # as --init: the prior of this model that comes with regrad
 BAD_STEPS = 3  # in a row, before a run stops: what made them will not go away
 NOT_FINITE = "its loss or gradient is not finite"
 EMBEDDED = 128  # passages between two words of progress

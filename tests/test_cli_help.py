@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 MAKER = runpy.run_path(str(ROOT / "docs" / "make_commands.py"))
 COMMANDS = dict(MAKER["walk"](typer.main.get_command(app), "regrad"))
 DUE = ["init", "ingest", "query", "ask", "doctor", "model", "model ls", "model fetch", "config", "config show", "bank"]
-DUE += ["export", "eval"]
+DUE += ["export", "meta-train", "eval"]
 DUE += ["bank " + name for name in ("stats", "ls", "show", "rm", "log", "verify")]
 
 

@@ -107,6 +107,13 @@ def test_subjects_are_unaware_of_the_halves(path):
     assert [name for name in imports(path) if belongs(name, *forbidden)] == []
 
 
+@pytest.mark.parametrize(
+    "path", of("metatrain.py", "trainfiles.py", "trainoptions.py", "episodes.py", "tasks.py"), ids=name_of
+)
+def test_training_knows_no_bank(path):
+    assert [name for name in imports(path) if belongs(name, "regrad_cli.bank", "regrad_cli.ingest")] == []
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_says_first_what_it_does(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

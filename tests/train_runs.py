@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 
+from regrad_cli.learn.workers import Workers
 from regrad_cli.metatrain import MetaTrainOptions, meta_train
 from regrad_cli.records import Trained
 
@@ -83,8 +85,8 @@ def trained(given: MetaTrainOptions) -> Trained:
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without their times."""
-    lines = out.with_name(out.name + ".metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
+    lines = map(json.loads, metrics_lines(out))
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def left_behind(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
@@ -92,5 +94,34 @@ def left_behind(out: Path) -> tuple[bytes, list[dict[str, Any]]]:
     return out.read_bytes(), metrics(out)
 
 
+def metrics_lines(out: Path) -> list[str]:
+    """The lines of metrics.jsonl as they are."""
+    return out.with_name(out.name + ".metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
 def resume_file(out: Path) -> Path:
     return out.with_name(out.name + ".resume")
+
+
+def interrupted_at(patch: pytest.MonkeyPatch, holder: Any, name: str, call: int, *, after: bool = False) -> None:
+    """Ctrl-C comes at this call of a function, before or after it has done its work."""
+    real, calls = getattr(holder, name), [0]
+
+    def patched(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call and not after:
+            raise KeyboardInterrupt
+        found = real(*given, **named)
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return found
+
+    patch.setattr(holder, name, patched)
+
+
+def started(given: MetaTrainOptions, steps: int = 2) -> None:
+    """Runs so many steps and is interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted_at(patch, Workers, "gradients", steps + 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(given)
