@@ -27,8 +27,8 @@ class Promise(NamedTuple):
 PROMISES = (
     Promise(
         1,
-        "Killed at any moment of `init`, `ingest` (a move to another prior too) or `bank rm`, the bank opens at the old or "
-        "the new snapshot",
+        "Killed at any moment of `init`, `ingest` (a move to another prior too) or `bank rm`, the bank opens at the "
+        "old or the new snapshot",
         ("test_ctrl_c_in_ingest_and_again_to_resume_as_a_process",),
     ),
     Promise(
