@@ -7,6 +7,7 @@ there that is a failure.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from regrad_cli.errors import ModelUnavailable
 
 USERS_CACHE = models.cache_folder()
 models.quiet_libraries()  # before any test module imports a library that reads its variables then
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and so would every process that a test starts and then interrupts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
