@@ -22,7 +22,7 @@ from regrad_cli.bank import files, layout
 from regrad_cli.bank.manifest import IndexEntry, Manifest
 from regrad_cli.bank.search import Candidate
 from regrad_cli.bank.shards import ShardReader
-from regrad_cli.bank.store import Folder
+from regrad_cli.bank.store import Folder, Store
 from regrad_cli.errors import RegradError
 from regrad_cli.places import state_folder
 from regrad_cli.records import RowRef, canonical_json, sha256_hex
@@ -182,14 +182,14 @@ class Graph:
         return candidates
 
 
-def load(folder: Folder, manifest: Manifest) -> Graph | None:
+def load(store: Store, manifest: Manifest) -> Graph | None:
     """The manifest's graph if there is one that this machine wrote, whole and of these rows; otherwise None."""
     entry = manifest.index
-    graph = _trusted(folder, manifest, entry.rows) if entry is not None else None
+    graph = _trusted(store, manifest, entry.rows) if entry is not None else None
     return Graph(graph, manifest, entry) if graph is not None and entry is not None else None
 
 
-def _trusted(folder: Folder, manifest: Manifest, most_rows: int) -> Any:
+def _trusted(store: Store, manifest: Manifest, most_rows: int) -> Any:
     """hnswlib's own object from the manifest's file, with room for `most_rows`; None unless it is as it was written."""
     entry = manifest.index
     if entry is None:
@@ -199,13 +199,13 @@ def _trusted(folder: Folder, manifest: Manifest, most_rows: int) -> Any:
         if not isinstance(record, dict) or record.get("coverage") != _coverage(manifest, entry):
             return None
         name = layout.content_name("index", entry.sha256)
-        with folder.open(name, entry.bytes) as region:
+        with store.open(name, entry.bytes) as region:
             if region.sha256() != entry.sha256:
                 return None
         import hnswlib
 
         graph = hnswlib.Index(space="ip", dim=entry.dimension)
-        graph.load_index(str(folder.path / name), max_elements=most_rows)
+        graph.load_index(str(store.path / name), max_elements=most_rows)
         return graph if graph.element_count <= entry.rows and graph.index_file_size() == entry.bytes else None
     except (OSError, RuntimeError, ValueError, MemoryError, ImportError, RegradError, RecursionError):
         return None

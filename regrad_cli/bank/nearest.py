@@ -15,15 +15,15 @@ from regrad_cli.bank.damage import DamagedFile
 from regrad_cli.bank.manifest import Manifest
 from regrad_cli.bank.search import Candidate
 from regrad_cli.bank.shards import ShardReader
-from regrad_cli.bank.store import Folder
+from regrad_cli.bank.store import Store
 from regrad_cli.errors import NonFinite
 
 
 class Nearest:
     """Keeps what a session of many questions needs: the graph, and the embeddings that it does not cover."""
 
-    def __init__(self, folder: Folder, manifest: Manifest, reader: Callable[[int], ShardReader]) -> None:
-        self._folder, self._manifest, self._reader = folder, manifest, reader
+    def __init__(self, store: Store, manifest: Manifest, reader: Callable[[int], ShardReader]) -> None:
+        self._store, self._manifest, self._reader = store, manifest, reader
         self._graph: index.Graph | Literal["not tried"] | None = "not tried"
         self._resident: dict[tuple[int, bool], search.Resident] = {}
 
@@ -40,7 +40,7 @@ class Nearest:
         if not warm:
             return search.scan(self._readers(0), vectors, count, skip)
         if self._graph == "not tried":
-            self._graph = index.load(self._folder, self._manifest)
+            self._graph = index.load(self._store, self._manifest)
         near = self._graph.nearest(vectors, count) if self._graph is not None else None
         first = self._graph.shards if self._graph is not None and near is not None else 0
         kept = first, skip is not None

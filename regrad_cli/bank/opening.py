@@ -26,7 +26,7 @@ def open_bank(path: Path, snapshot: int | None = None) -> Snapshot:
         manifest, fd = _open_manifest(path, snapshot)
         files.lock_shared(fd)
         if os.fstat(fd).st_nlink:
-            return Snapshot(path, manifest, fd)
+            return Snapshot(Folder(path), manifest, fd)
         os.close(fd)
 
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from regrad_cli.bank.damage import DamagedFile, DamagedRow
 from regrad_cli.bank.manifest import BLOCKS, FileEntry, ShardEntry
-from regrad_cli.bank.store import Folder, Region
+from regrad_cli.bank.store import Region, Store
 from regrad_cli.records import BankSettings, Passage, canonical_json, document_id
 
 HEADER_LIMIT = 1 << 16  # bytes; ours is under 1 kB, and a reader never believes a larger one
@@ -217,8 +217,8 @@ class ShardReader:
     `unproved_embeddings`.
     """
 
-    def __init__(self, folder: Folder, entry: ShardEntry, settings: BankSettings) -> None:
-        self.folder, self.entry, self.settings = folder, entry, settings
+    def __init__(self, store: Store, entry: ShardEntry, settings: BankSettings) -> None:
+        self.store, self.entry, self.settings = store, entry, settings
         self._places: dict[str, TensorPlace] | None = None
         self._line_digests: tuple[npt.NDArray[np.int64], list[bytes]] | None = (
             None  # where lines end, what they hash to
@@ -240,7 +240,7 @@ class ShardReader:
 
     def block(self, tensor: str) -> npt.NDArray[Any]:
         """A whole tensor, proved by its hash in the manifest; `tensor` is one of BLOCKS but the header."""
-        with self.folder.open(self.entry.name, self.entry.bytes) as region:
+        with self.store.open(self.entry.name, self.entry.bytes) as region:
             place = self._layout(region)[tensor]
             buffer = np.empty(place.size_bytes, np.uint8)
             region.read_into(place.start, buffer.data)
@@ -274,7 +274,7 @@ class ShardReader:
 
     def unproved_embeddings(self, rows: Sequence[int]) -> npt.NDArray[np.float16]:
         """(n, d) float16, straight from the file: for ordering candidates, never for an answer."""
-        with self.folder.open(self.entry.name, self.entry.bytes) as region:
+        with self.store.open(self.entry.name, self.entry.bytes) as region:
             place = self._layout(region)["embeddings"]
             data = b"".join(region.read(place.start + row * place.row_bytes, place.row_bytes) for row in rows)
         return np.frombuffer(data, "<f2").reshape(len(rows), -1)
@@ -299,7 +299,7 @@ class ShardReader:
             return [data[starts[row] : ends[row]] for row in rows]
         ends, digests = self._line_digests
         found = []
-        with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
+        with self.store.open(self.entry.docs_name, self.entry.docs.bytes) as region:
             for row in rows:
                 start = int(ends[row - 1]) if row else 0
                 found.append(region.read(start, int(ends[row]) - start))
@@ -310,7 +310,7 @@ class ShardReader:
     def _docs(self) -> tuple[bytes, npt.NDArray[np.int64]]:
         """The docs file, proved by its name, and where its lines end."""
         ends = self.block("line_ends").reshape(-1)
-        with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
+        with self.store.open(self.entry.docs_name, self.entry.docs.bytes) as region:
             data = region.read(0, region.length)
         if hashlib.sha256(data).hexdigest() != self.entry.docs.sha256:
             raise DamagedFile(self.entry.docs_name, "is damaged", self._known_documents("docs"))
@@ -325,7 +325,7 @@ class ShardReader:
         """One row with its passage, proved by its checksum. Reads that row only."""
         if not 0 <= row < self.entry.rows:
             raise IndexError(f"row {row} of {self.entry.rows}")
-        with self.folder.open(self.entry.name, self.entry.bytes) as region:
+        with self.store.open(self.entry.name, self.entry.bytes) as region:
             places = self._layout(region)
 
             def part(tensor: str) -> bytes:
@@ -340,7 +340,7 @@ class ShardReader:
         if not 0 <= start < end <= self.entry.docs.bytes or end - start > LINE_LIMIT:
             raise self._damaged(row, "its place in the docs file is damaged")
         try:
-            with self.folder.open(self.entry.docs_name, self.entry.docs.bytes) as region:
+            with self.store.open(self.entry.docs_name, self.entry.docs.bytes) as region:
                 line = region.read(start, end - start)
         except DamagedFile as error:
             raise self._damaged(row, f"{error.finding.file} {error.finding.what}") from error

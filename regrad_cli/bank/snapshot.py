@@ -10,14 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.bank import layout
 from regrad_cli.bank.damage import DamagedFile, Finding
 from regrad_cli.bank.manifest import Counts, Manifest
-from regrad_cli.bank.store import Folder
+from regrad_cli.bank.store import Store
 from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.records import Hit, Passage, RowRef, document_id, sha256_hex
 
@@ -52,14 +51,14 @@ class Snapshot:
     damaged     what was skipped by calls with skip_damaged=True
     """
 
-    def __init__(self, path: Path, manifest: Manifest, fd: int | None = None) -> None:
-        self.path = path
+    def __init__(self, store: Store, manifest: Manifest, fd: int | None = None) -> None:
+        self.path = store.path
         self.manifest = manifest
         self.number = manifest.number
         self.settings = manifest.settings
         self.damaged: list[Finding] = []
         self._fd = fd
-        self._folder = Folder(path)
+        self._store = store
         self._readers: dict[int, ShardReader] = {}
 
     def __enter__(self) -> Snapshot:
@@ -94,7 +93,7 @@ class Snapshot:
             own["moved"] = sum(named.values()) - sum(own.values())
         return {
             "path": str(self.path),
-            "form": "live",
+            "form": self._store.form,
             "snapshot": self.number,
             "documents": counts.documents,
             "passages": counts.passages,
@@ -153,13 +152,13 @@ class Snapshot:
         if move is None:
             return None
         made = replace(manifest, settings=move.settings, prior=move.prior, shards=move.shards, index=None, move=None)
-        return Snapshot(self.path, replace(made, counts=Counts(passages=sum(shard.rows for shard in move.shards))))
+        return Snapshot(self._store, replace(made, counts=Counts(passages=sum(shard.rows for shard in move.shards))))
 
     def prior_bytes(self) -> bytes:
         """The prior's safetensors file, proved by its name."""
         entry = self.manifest.prior
         name = layout.content_name("priors", entry.sha256)
-        with self._folder.open(name, entry.bytes) as region:
+        with self._store.open(name, entry.bytes) as region:
             data = region.read(0, region.length)
         if sha256_hex(data) != entry.sha256:
             raise DamagedFile(name, "is damaged")
@@ -382,7 +381,7 @@ class Snapshot:
     def _nearest(self) -> Nearest:
         from regrad_cli.bank.nearest import Nearest
 
-        return Nearest(self._folder, self.manifest, self._reader)
+        return Nearest(self._store, self.manifest, self._reader)
 
     def _reader(self, position: int) -> ShardReader:
         reader = self._readers.get(position)
@@ -391,7 +390,7 @@ class Snapshot:
 
             if not 0 <= position < len(self.manifest.shards):
                 raise IndexError(f"shard {position} of {len(self.manifest.shards)}")
-            reader = ShardReader(self._folder, self.manifest.shards[position], self.settings)
+            reader = ShardReader(self._store, self.manifest.shards[position], self.settings)
             self._readers[position] = reader
         return reader
 

@@ -1,4 +1,4 @@
-"""Reading a bank's files: one reader over (file, offset, length), which later serves a packed bank too.
+"""Reading a bank's files: one reader over (file, offset, length) for a live bank and a packed one.
 Knows sizes and bounds, not what the bytes mean. Never maps memory: a file that shrinks under a mapping kills the
 process with SIGBUS, where a short read is an error that names the file.
 """
@@ -10,8 +10,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from regrad_cli.bank.damage import DamagedFile
 from regrad_cli.bank.files import storage_failed
@@ -55,19 +56,36 @@ class Region:
         return digest.hexdigest()
 
 
+class Store(Protocol):
+    """A bank's files by their names inside it, in whichever form it lies.
+
+    path    of the folder, or of the packed file
+    form    "live" or "packed"
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def form(self) -> str: ...
+    def open(self, name: str, size_bytes: int | None = None) -> AbstractContextManager[Region]:
+        """One file as a region, closed again at the end.
+
+        size_bytes  what the manifest says, checked before anything is read
+        raises      DamagedFile if it is missing, no plain file, or of another size
+        """
+
+
 class Folder:
-    """A live bank's folder as a set of named regions."""
+    """A live bank's folder; a Store."""
+
+    form = "live"
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextmanager
     def open(self, name: str, size_bytes: int | None = None) -> Iterator[Region]:
-        """One file as a region, closed again at the end.
-
-        size_bytes  what the manifest says, checked before anything is read
-        raises      DamagedFile if it is missing, no plain file, or of another size
-        """
+        """As Store says."""
         fd = open_plain_file(self.path / name, name)
         try:
             length = os.fstat(fd).st_size

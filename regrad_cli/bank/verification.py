@@ -15,7 +15,7 @@ from regrad_cli.bank.damage import DamagedFile, Finding
 from regrad_cli.bank.manifest import BLOCKS, FileEntry, Manifest, ShardEntry
 from regrad_cli.bank.opening import check_format, read_manifest
 from regrad_cli.bank.shards import ShardReader, parse_line
-from regrad_cli.bank.store import Folder
+from regrad_cli.bank.store import Folder, Store
 from regrad_cli.errors import NoBank, RegradError
 from regrad_cli.records import BankSettings
 
@@ -32,7 +32,7 @@ def verify(path: Path, report: Callable[[int, int], None] | None = None) -> Iter
         raise
     except RegradError as error:
         yield Finding(layout.FORMAT_FILE, error.finding.what if isinstance(error, DamagedFile) else error.message)
-    folder = Folder(path)
+    store = Folder(path)
     numbers = layout.snapshot_numbers(path)
     if not numbers:
         yield Finding("snapshots", "holds no snapshot")
@@ -40,14 +40,14 @@ def verify(path: Path, report: Callable[[int, int], None] | None = None) -> Iter
     for number in reversed(numbers):
         name = layout.snapshot_name(number)
         try:
-            with folder.open(name) as region:
+            with store.open(name) as region:
                 manifests.append(read_manifest(region))
         except DamagedFile as error:
             yield error.finding
         except RegradError as error:
             yield Finding(name, error.message)
     yield from _chain(manifests)
-    yield from _files(folder, manifests, report)
+    yield from _files(store, manifests, report)
     if len(manifests) == len(numbers):  # otherwise nobody knows what is named
         named = {name for manifest in manifests for name, _ in manifest.files()}
         for name in layout.content_files(path):
@@ -70,7 +70,7 @@ def _chain(manifests: list[Manifest]) -> Iterator[Finding]:
             yield Finding(manifest.name, "belongs to another bank")
 
 
-def _files(folder: Folder, manifests: list[Manifest], report: Callable[[int, int], None] | None) -> Iterator[Finding]:
+def _files(store: Store, manifests: list[Manifest], report: Callable[[int, int], None] | None) -> Iterator[Finding]:
     """Each file that a snapshot names, once."""
     entries: dict[str, FileEntry] = {}
     shards: dict[str, tuple[ShardEntry, BankSettings]] = {}
@@ -84,16 +84,16 @@ def _files(folder: Folder, manifests: list[Manifest], report: Callable[[int, int
     done = 0
     found: dict[str, str] = {}
     for name, entry in entries.items():
-        problem = _whole_file(folder, name, entry)
+        problem = _whole_file(store, name, entry)
         if problem is not None:
             found[name] = problem
         done += entry.bytes
         if report is not None:
             report(done, total)
     for shard, settings in shards.values():
-        yield from _shard(ShardReader(folder, shard, settings), found)
+        yield from _shard(ShardReader(store, shard, settings), found)
     for manifest in manifests[:1]:
-        yield from _counts(folder, manifest)
+        yield from _counts(store, manifest)
     newest_index = manifests[0].index if manifests else None
     for name, problem in found.items():
         if name.startswith("index/"):
@@ -104,9 +104,9 @@ def _files(folder: Folder, manifests: list[Manifest], report: Callable[[int, int
             yield Finding(name, problem)
 
 
-def _whole_file(folder: Folder, name: str, entry: FileEntry) -> str | None:
+def _whole_file(store: Store, name: str, entry: FileEntry) -> str | None:
     try:
-        with folder.open(name, entry.bytes) as region:
+        with store.open(name, entry.bytes) as region:
             if region.sha256() != entry.sha256:
                 return "does not match its checksum"
     except DamagedFile as error:
@@ -147,20 +147,20 @@ def _shard(reader: ShardReader, found: dict[str, str]) -> Iterator[Finding]:
 def _documents_of_lines(reader: ShardReader) -> set[str]:
     """Whose rows a shard held, by its docs file alone."""
     try:
-        with reader.folder.open(reader.entry.docs_name, reader.entry.docs.bytes) as region:
+        with reader.store.open(reader.entry.docs_name, reader.entry.docs.bytes) as region:
             lines = region.read(0, region.length).splitlines()
         return {parse_line(lines[int(row)]).document for row in np.flatnonzero(reader.live())}
     except (DamagedFile, ValueError, IndexError):
         return set()
 
 
-def _counts(folder: Folder, manifest: Manifest) -> Iterator[Finding]:
+def _counts(store: Store, manifest: Manifest) -> Iterator[Finding]:
     """The manifest's counts against its shards' own."""
     documents: set[int] = set()
     tokens = 0
     try:
         for shard in manifest.shards:
-            reader = ShardReader(folder, shard, manifest.settings)
+            reader = ShardReader(store, shard, manifest.settings)
             live = reader.live()
             documents.update(reader.documents()[live].tolist())
             tokens += int(reader.block("tokens")[live].sum(dtype=np.int64))

@@ -66,7 +66,7 @@ class Writer:
         check_format(self.path)
         with ExitStack() as stack:
             stack.enter_context(hold_lock(self.path, self._wait_s))
-            self.snapshot = Snapshot(self.path, newest_manifest(self.path, for_writing=True))
+            self.snapshot = Snapshot(Folder(self.path), newest_manifest(self.path, for_writing=True))
             with files.storage("write to the bank"):
                 for name in layout.FOLDERS:
                     files.make_folder(self.path / name)
@@ -240,7 +240,7 @@ class Writer:
             except BaseException:
                 self._broken = (self.path / manifest.name).exists()
                 raise
-            self.snapshot = Snapshot(self.path, manifest)
+            self.snapshot = Snapshot(Folder(self.path), manifest)
             self._own.append(manifest.number)
             files.sync_folder(self.path / "snapshots")
             self._broken = False
