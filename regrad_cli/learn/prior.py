@@ -1,6 +1,8 @@
 """The prior θ: LoRA tensors for the adapted projections, and a step size α for each. Knows tensors, not files.
 
 A prior travels as the bytes of one safetensors file: the tensors by name, `log_step_sizes`, and a card in its metadata.
+Of one whose card says `"values": "int8"`, θ is stored in a quarter of the bytes: integers, and beside each tensor
+`….scale`, a power of two for each of the rank's components.
 Source: ReGrad, arXiv 2606.15734.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from regrad_cli.records import TensorShape, canonical_json, sha256_hex
 
 FORMAT = "regrad prior 1"
 LOG_STEP_SIZES = "log_step_sizes"
+VALUES, INT8 = "values", "int8"
 UNTRAINED_CARD = {"name": "untrained", "trained": False, "k": 3, "weights": "mean", "gamma": 1.0}
 
 
@@ -32,7 +35,8 @@ class Prior:
     tensors         {name: (rows, cols) float32}, `lora_A` (rank, inputs) and `lora_B` (outputs, rank) of each
                     projection, in the model's order
     log_step_sizes  {name: log α}, one for every tensor
-    card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`)
+    card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
+                    "values" where θ is rounded (see `rounded`)
     """
 
     tensors: dict[str, torch.Tensor]
@@ -73,10 +77,22 @@ class Prior:
                 "use the model that the prior was trained for, or a prior of this model",
             )
 
+    def rounded(self) -> Prior:
+        """This prior with θ rounded to what int8 holds: a quarter of the bytes. Rounding again changes nothing."""
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            scale = _scale(tensor)
+            tensors[name] = torch.round(tensor.detach().float().cpu() / scale) * scale
+        return replace(self, tensors=tensors, card=self.card | {VALUES: INT8})
+
     def to_bytes(self) -> bytes:
         """The prior as a safetensors file; same prior, same bytes (one metadata key: their order is not kept)."""
         logs = torch.tensor([self.log_step_sizes[name] for name in self.tensors], dtype=torch.float64)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.tensors.items()}
+        if self.card.get(VALUES) == INT8:
+            scales = {name: _scale(tensor) for name, tensor in tensors.items()}
+            tensors = {name: (tensor / scales[name]).to(torch.int8) for name, tensor in tensors.items()}
+            tensors |= {f"{name}.scale": scale for name, scale in scales.items()}
         card = {"format": FORMAT, "order": list(self.tensors), **self.card}
         return save(tensors | {LOG_STEP_SIZES: logs}, metadata={"card": canonical_json(card)})
 
@@ -91,6 +107,8 @@ class Prior:
                 raise ValueError("another format")
             tensors = load(data)
             logs = dict(zip(order, tensors.pop(LOG_STEP_SIZES).tolist(), strict=True))
+            if card.get(VALUES) == INT8:
+                tensors = {name: tensors.pop(name) * tensors.pop(f"{name}.scale") for name in order} | tensors
             prior = cls({name: tensors[name] for name in order}, logs, card)
             missing = [key for key in UNTRAINED_CARD if key not in card]
             if missing or len(order) != len(tensors) or not order:
@@ -119,6 +137,15 @@ class Prior:
             raw = [math.exp((score - peak) / float(self.card["temperature"])) for score in scores]
             return [value / sum(raw) for value in raw]
         return [1.0 if rule == "sum" else 1.0 / len(scores)] * len(scores)
+
+
+def _scale(tensor: torch.Tensor) -> torch.Tensor:
+    """What a θ (rows, cols) is rounded to multiples of, for each of the rank's components: (rows, 1) for a wide one, as
+    `lora_A` is, else (1, cols). The least power of two of which 127 reach as far, so what was rounded has the same."""
+    rank_first = tensor.shape[0] < tensor.shape[1]
+    peak = tensor.detach().float().cpu().abs().amax(dim=1 if rank_first else 0, keepdim=True)
+    mantissa, exponent = torch.frexp(peak / 127)
+    return torch.ldexp(torch.ones_like(peak), exponent - (mantissa == 0.5).int()).where(peak > 0, torch.ones_like(peak))
 
 
 def seeded_prior(

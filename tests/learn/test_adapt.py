@@ -155,6 +155,28 @@ def test_a_prior_comes_back_from_its_bytes(prior: Prior) -> None:
     assert again.log_step_sizes == prior.log_step_sizes
 
 
+def test_a_rounded_prior_takes_fewer_bytes_and_comes_back_as_it_is(prior: Prior) -> None:
+    rounded = prior.rounded()
+    data = rounded.to_bytes()
+    again = Prior.from_bytes(data)
+    assert again.to_bytes() == data and again.rounded().to_bytes() == data
+    for name, tensor in prior.tensors.items():
+        assert torch.equal(again.tensors[name], rounded.tensors[name])
+        peaks = tensor.abs().amax(dim=int(tensor.shape[0] < tensor.shape[1]), keepdim=True)
+        assert bool(((again.tensors[name] - tensor).abs() <= peaks / 127).all())
+    values = sum(tensor.numel() for tensor in prior.tensors.values())
+    assert len(data) < len(prior.to_bytes()) - 2 * values  # the headers and scales of these tiny tensors weigh much
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 0.5, 127.0, 127.5, 1.0, 3e4])
+def test_rounding_holds_at_zero_and_at_powers_of_two(prior: Prior, scale: float) -> None:
+    tensors = {name: torch.sign(tensor) * scale for name, tensor in prior.tensors.items()}
+    rounded = Prior(tensors, prior.log_step_sizes, prior.card).rounded()
+    assert Prior.from_bytes(rounded.to_bytes()).to_bytes() == rounded.to_bytes()
+    for name, tensor in tensors.items():
+        assert torch.allclose(rounded.tensors[name], tensor, rtol=1 / 127, atol=0)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1])
 def test_bytes_that_are_no_prior_are_damage(prior: Prior, cut: int) -> None:
     with pytest.raises(Damaged):
