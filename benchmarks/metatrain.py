@@ -19,7 +19,7 @@ from benchmarks.measure import Figure, Target, paired_ratio, shown, spread
 if TYPE_CHECKING:
     from regrad_cli.learn.meta import Episode
     from regrad_cli.learn.model import Model
-    from regrad_cli.records import Task
+    from regrad_cli.tasks import Task
 
 TITLE = "Training against a plain double-backward loop"
 DEVICES = ("cpu", "cuda")

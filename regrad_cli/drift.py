@@ -20,7 +20,8 @@ from regrad_cli import ingest
 from regrad_cli.answer import Answerer
 from regrad_cli.errors import UsageProblem
 from regrad_cli.evidence import Asked, found_evidence, recall
-from regrad_cli.records import DriftPoint, Notice, Progress, Scored, Skipped, training_text
+from regrad_cli.records import Notice, Progress, Skipped, training_text
+from regrad_cli.results import DriftPoint, Scored
 from regrad_cli.trials import Way, answers, summary
 
 if TYPE_CHECKING:

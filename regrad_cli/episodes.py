@@ -11,7 +11,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.records import Skipped, Task, training_text
+from regrad_cli.records import Skipped, training_text
+from regrad_cli.tasks import Task
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,6 +4,10 @@ One class a kind of failure; `kind` is the stable name that `--json` prints, `ex
 A message names the fact (what and where); the hint names the way out.
 """
 
+import os
+from pathlib import Path
+from typing import Any
+
 
 class RegradError(Exception):
     """The base of all expected failures: carries the exit code, a stable kind, a message and the way out."""
@@ -78,7 +82,24 @@ class NonFinite(RegradError):
 
 
 EXIT_DONE = 0
+EXIT_DIFFERS = 1  # what `diff --exit-code` compared is not the same
 EXIT_USAGE = 2
 EXIT_PARTIAL = 3  # done, but some inputs could not be read; each was named
 EXIT_UNEXPECTED = 70
 EXIT_INTERRUPTED = 130
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """An exception under the stable names of `--json`: code, kind, message, hint."""
+    if isinstance(error, RegradError):
+        return {"code": error.exit_code, "kind": error.kind, "message": error.message, "hint": error.hint}
+    if isinstance(error, OSError) and error.strerror:
+        named = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes | Path) else ""
+        return {"code": EXIT_UNEXPECTED, "kind": "os_error", "message": f"{error.strerror}{named}", "hint": ""}
+    told = f": {error}" if str(error) else ""
+    return {
+        "code": EXIT_UNEXPECTED,
+        "kind": "unexpected",
+        "message": f"unexpected {type(error).__name__}{told}",
+        "hint": "this is a fault of regrad: please report it with what --debug shows",
+    }

@@ -13,7 +13,8 @@ from regrad_cli.drift import continued, measure
 from regrad_cli.errors import UsageProblem
 from regrad_cli.evidence import Asked, Evidence, read_questions, read_texts, recall
 from regrad_cli.preparation import MODES, OBJECTIVES, SHOWING, Bench, EvaluateOptions
-from regrad_cli.records import DriftPoint, Evaluated, Notice, Progress, Scored, Scores, Skipped
+from regrad_cli.records import Notice, Progress, Skipped
+from regrad_cli.results import DriftPoint, Evaluated, Scored, Scores
 from regrad_cli.trials import Way, answers, noise, summary
 
 __all__ = ["MODES", "EvaluateOptions", "evaluate"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.adaptation import Adaptation
-from regrad_cli.records import Notice, Progress, Skipped, Task, TaskQuestion
-from regrad_cli.tasks import read_tasks
+from regrad_cli.records import Notice, Progress, Skipped
+from regrad_cli.tasks import Task, TaskQuestion, read_tasks
 
 if TYPE_CHECKING:
     from regrad_cli.answer import Answerer

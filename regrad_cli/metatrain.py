@@ -17,8 +17,9 @@ from regrad_cli.episodes import Episodes, Nearest
 from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
-from regrad_cli.records import Notice, Progress, Skipped, Task, Trained, TrainStep, Validated, sha256_hex
-from regrad_cli.tasks import read_tasks
+from regrad_cli.records import Notice, Progress, Skipped, sha256_hex
+from regrad_cli.tasks import Task, read_tasks
+from regrad_cli.trainevents import Trained, TrainStep, Validated
 from regrad_cli.trainfiles import TrainFiles, last_losses
 from regrad_cli.trainoptions import MetaTrainOptions, held_out, refuse, spread
 

@@ -21,7 +21,8 @@ from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evidence import Asked, Evidence, OwnGradients, derangement, found_evidence, own_passages
 from regrad_cli.fingerprints import Fingerprint, fingerprint
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
-from regrad_cli.records import Notice, Progress, Skipped, Task
+from regrad_cli.records import Notice, Progress, Skipped
+from regrad_cli.tasks import Task
 
 if TYPE_CHECKING:
     from regrad_cli.learn.codec import Codec

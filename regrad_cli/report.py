@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from regrad_cli import __version__
 from regrad_cli.charts import bar_chart, line_chart
-from regrad_cli.records import DriftPoint, Evaluated, Scored, Scores
+from regrad_cli.results import DriftPoint, Evaluated, Scored, Scores
 from regrad_cli.shown import duration, visible
 
 

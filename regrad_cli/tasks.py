@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.records import Skipped, Task, TaskQuestion
+from regrad_cli.records import Skipped, embedding_text, training_text
 
 SHAPE = '{"id", "title", "passages": [text, …], "questions": [{"question", "answers": [alias, …]}, …]}'
+
+
+@dataclass(frozen=True, slots=True)
+class TaskQuestion:
+    """A question about a task's passages; `answers` are aliases of one answer, the first is what training teaches."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Passages and the questions that they answer."""
+
+    id: str
+    title: str
+    passages: tuple[str, ...]
+    questions: tuple[TaskQuestion, ...]
+
+    @property
+    def training_texts(self) -> tuple[str, ...]:
+        """The exact text of each passage that its gradient is taken on."""
+        return tuple(training_text(self.title, text) for text in self.passages)
+
+    @property
+    def embedding_texts(self) -> tuple[str, ...]:
+        """The exact text of each passage that is embedded to find it."""
+        return tuple(embedding_text(self.title, text) for text in self.passages)
 
 
 def read_tasks(files: Sequence[Path]) -> tuple[list[Task], list[Skipped]]:

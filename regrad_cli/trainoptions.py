@@ -12,7 +12,7 @@ from pathlib import Path
 
 from regrad_cli.episodes import OBJECTIVES, EpisodeRules
 from regrad_cli.errors import UsageProblem
-from regrad_cli.records import Task
+from regrad_cli.tasks import Task
 
 HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 

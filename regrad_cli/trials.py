@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.adaptation import Adaptation
 from regrad_cli.evidence import Asked, Evidence
-from regrad_cli.records import Difference, ModeScore, Scored, Scores
+from regrad_cli.results import Difference, ModeScore, Scored, Scores
 from regrad_cli.scores import exact_match, f1, interval, resampled_means
 
 if TYPE_CHECKING:

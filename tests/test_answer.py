@@ -13,9 +13,10 @@ import pytest
 import use_cases
 from use_cases import answered, ask, ingest, story, write
 
-from regrad_cli.answer import Answerer, AskOptions, Finder, query
+from regrad_cli.answer import Answerer, AskOptions
 from regrad_cli.bank import open_bank
 from regrad_cli.errors import Damaged, UsageProblem
+from regrad_cli.finding import Finder, query
 from regrad_cli.records import Answer, Notice, Piece, document_id
 
 QUESTION = "Who lights the lamp in Velmora?"

@@ -143,7 +143,7 @@ def test_a_missing_model_is_13(plain: MetaTrainOptions) -> None:
 
 def test_other_settings_are_refused_with_exit_code_2(plain: MetaTrainOptions) -> None:
     from regrad_cli.metatrain import meta_train
-    from regrad_cli.records import TrainStep
+    from regrad_cli.trainevents import TrainStep
 
     events = meta_train(plain)
     next(event for event in events if isinstance(event, TrainStep))

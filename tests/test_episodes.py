@@ -16,7 +16,7 @@ from regrad_cli.episodes import EpisodeRules, Episodes, Nearest
 from regrad_cli.learn.meta import Episode
 from regrad_cli.learn.model import Model, load_model
 from regrad_cli.learn.prompt import prompt_ids
-from regrad_cli.records import Task, TaskQuestion
+from regrad_cli.tasks import Task, TaskQuestion
 
 COUNT = 8
 

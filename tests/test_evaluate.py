@@ -20,8 +20,9 @@ from regrad_cli.answer import Answerer
 from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evaluate import EvaluateOptions, evaluate
 from regrad_cli.evidence import derangement, read_questions
-from regrad_cli.records import Evaluated, Notice, Progress, Scored, Skipped, Task, training_text
-from regrad_cli.tasks import read_tasks
+from regrad_cli.records import Notice, Progress, Skipped, training_text
+from regrad_cli.results import Evaluated, Scored
+from regrad_cli.tasks import Task, read_tasks
 from regrad_cli.trials import summary
 
 PLACES = ("Velmora", "Skerry", "Brannoch", "Ostrey", "Tarn")
@@ -491,7 +492,7 @@ def test_recall_is_by_the_passages_own_text(banked: Run, files: tuple[Path, Path
 
 def test_recall_counts_a_longer_hit_and_the_piece_with_the_answer_but_no_other_text() -> None:
     from regrad_cli.evidence import Asked, Evidence, recall
-    from regrad_cli.records import TaskQuestion
+    from regrad_cli.tasks import TaskQuestion
 
     task = Task("t", "T", ("The lamp is lit by Oda.  Its ferry is the Grey Heron.",), (TaskQuestion("q", ("Heron",)),))
     asked = [Asked(0, "d", task, task.questions[0])]

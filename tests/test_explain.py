@@ -16,10 +16,11 @@ from test_answer import QUESTION
 from use_cases import answered, ask
 
 from regrad_cli.adaptation import Adaptation
-from regrad_cli.answer import Answerer, AskOptions, query
+from regrad_cli.answer import Answerer, AskOptions
 from regrad_cli.bank import open_bank
 from regrad_cli.errors import UsageProblem
 from regrad_cli.explain import explain
+from regrad_cli.finding import query
 from regrad_cli.learn import likelihood
 from regrad_cli.learn.adapt import adapted, combine
 from regrad_cli.learn.codec import Codec

@@ -31,7 +31,8 @@ from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.learn.prior import Prior
 from regrad_cli.learn.workers import Workers
 from regrad_cli.metatrain import MetaTrainOptions, meta_train
-from regrad_cli.records import Notice, Skipped, TrainStep, Validated
+from regrad_cli.records import Notice, Skipped
+from regrad_cli.trainevents import TrainStep, Validated
 
 
 @pytest.fixture(scope="module")

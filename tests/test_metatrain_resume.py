@@ -36,7 +36,8 @@ from regrad_cli.errors import Damaged, Locked, StorageFailed, UsageProblem
 from regrad_cli.learn.optimise import Training
 from regrad_cli.learn.workers import Workers
 from regrad_cli.metatrain import MetaTrainOptions, meta_train
-from regrad_cli.records import Notice, TrainStep
+from regrad_cli.records import Notice
+from regrad_cli.trainevents import TrainStep
 from regrad_cli.trainfiles import TrainFiles
 
 HERE = Path(__file__).parent

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from faketerminal import HOSTILE_TEXT
 
-from regrad_cli.records import Difference, DriftPoint, Evaluated, ModeScore, Scored, Scores, Skipped
+from regrad_cli.records import Skipped
 from regrad_cli.report import page
+from regrad_cli.results import Difference, DriftPoint, Evaluated, ModeScore, Scored, Scores
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>\"'&{{ 7919 * 7919 }}"
 MODES = ("direct", "rag-tuned", "regrad", "random")

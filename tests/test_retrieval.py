@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from story_bank import story_bank
 from use_cases import ask, files, ingest, write
 
-from regrad_cli import answer, lexical, retrieval
+from regrad_cli import finding, lexical, retrieval
 from regrad_cli.bank import create_bank, open_bank, remove_documents, write_bank
 from regrad_cli.bank.shards import ShardReader
 from regrad_cli.errors import Damaged, UsageProblem
@@ -475,7 +475,7 @@ def test_searching_by_words_needs_no_embedder(made: Path, monkeypatch: pytest.Mo
         raise AssertionError("the embedder was looked for")
 
     monkeypatch.setattr(engine, "resolve_embedder", refuse)
-    assert answer.query(made, "the bell rung by Ilse", search="lexical")[0].passage.source.endswith("Brannoch.md")
+    assert finding.query(made, "the bell rung by Ilse", search="lexical")[0].passage.source.endswith("Brannoch.md")
 
 
 def test_a_bank_without_text_refuses_words_in_a_sentence(

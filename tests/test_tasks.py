@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.records import Task, TaskQuestion
-from regrad_cli.tasks import read_tasks
+from regrad_cli.tasks import Task, TaskQuestion, read_tasks
 
 GOOD = {"id": "a", "title": "T", "passages": ["One.", "Two."], "questions": [{"question": "Q?", "answers": ["A", "B"]}]}
 

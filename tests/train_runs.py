@@ -12,7 +12,7 @@ import tiny
 
 from regrad_cli.learn.workers import Workers
 from regrad_cli.metatrain import MetaTrainOptions, meta_train
-from regrad_cli.records import Trained
+from regrad_cli.trainevents import Trained
 
 TIMES = ("elapsed_s", "left_s")
 NAN = "~"  # in no text of `tasks`

@@ -12,8 +12,8 @@ from regrad_cli.cli import answers, views
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, command
 from regrad_cli.cli.work import SECTION, Gamma, K, MinScore, Search, problem, stated
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
+from regrad_cli.questions import Line, read_questions
 from regrad_cli.records import Answer, Comparison, Piece
-from regrad_cli.render import Line
 from regrad_cli.settings import MODES
 
 
@@ -82,7 +82,7 @@ def ask(
     problems = 0
     with ExitStack() as stack:
         answerer: Any = None
-        lines: Iterator[Line] = call.terminal.questions() if many else iter([Line(1, question)])
+        lines: Iterator[Line] = read_questions(call.terminal.input) if many else iter([Line(1, question)])
         for line in lines:
             if line.problem:
                 problems += problem(call, line, keep_place=True)

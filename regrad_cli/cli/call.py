@@ -5,14 +5,14 @@ import inspect
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
 from regrad_cli.cli.help import COMMON, Command
-from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, RegradError
+from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Damaged, RegradError
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.render import Terminal
 from regrad_cli.settings import DTYPES, Settings, read_config
@@ -110,6 +110,14 @@ class Call:
             return self.terminal.error(UsageProblem(problem, f"see `{self.context.command_path} --help`"))
         self.terminal.help(self.context.get_help())
         return EXIT_USAGE
+
+    def megabytes(self, stage: str) -> Callable[[int, int], None]:
+        """What is told (bytes done, bytes in all), shown as progress in figures that people can read."""
+
+        def report(done_bytes: int, total_bytes: int) -> None:
+            self.terminal.progress(Progress(f"{stage} (MB)", done_bytes // 10**6, max(1, total_bytes // 10**6)))
+
+        return report
 
     @contextmanager
     def follow(self, events: Iterator[Any]) -> Iterator[Iterator[Any]]:
@@ -225,11 +233,22 @@ def guarded(call: Call, work: Callable[[], int | None]) -> int:
         terminal.abandon_output()
         return EXIT_CLOSED_PIPE
     except RegradError as error:
+        if isinstance(error, Damaged):
+            _say_what_helps_a_packed_bank(call, error)
         return terminal.error(error)
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except Exception as error:
         return terminal.error(error)
+
+
+def _say_what_helps_a_packed_bank(call: Call, error: Damaged) -> None:
+    """It is not repaired in its place, and has no older snapshot. `finding` is what errors of a bank's files have."""
+    with suppress(RegradError):
+        if hasattr(error, "finding") and call.bank_path().is_file():
+            from regrad_cli.bank.packed import WAY_OUT
+
+            error.hint = WAY_OUT
 
 
 def interrupted(terminal: Terminal, resume: str = "") -> int:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from regrad_cli.records import DriftPoint, Evaluated, Scores
 from regrad_cli.render import Column, Terminal
+from regrad_cli.results import DriftPoint, Evaluated, Scores
 from regrad_cli.shown import count, duration
 
 DIGITS = 4  # of figures in JSON

@@ -10,8 +10,9 @@ import typer
 
 from regrad_cli.cli.call import Call, command
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL
-from regrad_cli.records import Progress, Trained, TrainStep, Validated
+from regrad_cli.records import Progress
 from regrad_cli.render import Terminal
+from regrad_cli.trainevents import Trained, TrainStep, Validated
 
 
 class Objective(StrEnum):

@@ -14,7 +14,7 @@ from regrad_cli.cli import figures
 from regrad_cli.cli.call import Call, command
 from regrad_cli.cli.work import K, MinScore, Search
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, StorageFailed, UsageProblem
-from regrad_cli.records import Evaluated, Scored
+from regrad_cli.results import Evaluated, Scored
 from regrad_cli.shown import json_text
 
 
