@@ -27,9 +27,9 @@ What holds for all of them:
 - What a terminal would obey in documents, titles, file names and answers is shown as an escape (`\\x1b`). In JSON the
   text is exact, but that bytes of file names that are not UTF-8 are shown as `\\xff`.
 - Notices with `--json` are lines on stderr: `{"notice": …}`, `{"warning": …}`, `{"skipped": {"source", "reason"}}`.
-- Exit codes: 0 done · 2 usage · 3 done, but some inputs could not be read (each named) · 10 no bank · 11 locked ·
-  12 bank and model differ · 13 model not available · 14 bank damaged or of an unknown format · 70 unexpected ·
-  130 interrupted, or answered with no · 141 the reader of a pipe has gone.
+- Exit codes: 0 done · 1 `diff --exit-code` found a difference · 2 usage · 3 done, but some inputs could not be read
+  (each named) · 10 no bank · 11 locked · 12 bank and model differ · 13 model not available · 14 bank damaged or of an
+  unknown format · 70 unexpected · 130 interrupted, or answered with no · 141 the reader of a pipe has gone.
 - Settings, the first that is there: flag, `REGRAD_*` variable, bank, `config.toml` in the user's config folder (or
   `REGRAD_CONFIG`), default. `regrad config show` lists them and says where each came from.
 - `NO_COLOR`, `TERM=dumb` and `--quiet` are heeded.

@@ -27,8 +27,9 @@ class Promise(NamedTuple):
 PROMISES = (
     Promise(
         1,
-        "Killed at any moment of `init`, `ingest` (a move to another prior too) or `bank rm`, the bank opens at the "
-        "old or the new snapshot",
+        "Killed at any moment of `init`, `ingest` (a move to another prior too), `bank rm` or `compact`, the bank "
+        "opens at the old or the new snapshot; killed in `bank repair`, it is no worse than it was; killed in `bank "
+        "pack` or `unpack`, what they write is there whole or not at all",
         ("test_ctrl_c_in_ingest_and_again_to_resume_as_a_process",),
     ),
     Promise(
@@ -43,6 +44,7 @@ PROMISES = (
             "test_a_damaged_hit_names_its_document_and_source",
             "test_a_damaged_hit_is_14_and_can_be_skipped",
             "test_verify_names_a_flipped_bit_and_reading_it_is_14",
+            "test_of_what_nothing_else_says_the_one_row_is_lost_and_the_others_stay",
         ),
     ),
     Promise(4, "A file cut short is an error, not a crash", ("test_a_file_of_another_size_is_told_so",)),
@@ -72,7 +74,7 @@ PROMISES = (
     Promise(9, "A dead writer's lock keeps nobody out", ("test_a_lock_file_that_was_removed_guards_nothing",)),
     Promise(
         10,
-        "A reader sees one snapshot from start to end, while others ingest",
+        "A reader sees one snapshot from start to end, while others ingest and compact",
         (
             "test_a_reader_that_loses_the_race_for_a_snapshot_takes_the_newest",
             "test_an_older_snapshot_answers_from_what_it_held",
@@ -82,8 +84,10 @@ PROMISES = (
     ),
     Promise(
         11,
-        "An ingest that was interrupted and started again ends with the same rows, bit for bit",
+        "An ingest that was interrupted and started again ends with the same rows, bit for bit, and after `compact` "
+        "with the same files, byte for byte",
         (
+            "test_after_rm_and_compact_a_bank_is_what_ingesting_without_that_document_makes",
             "test_rows_do_not_depend_on_how_they_were_committed",
             "test_a_gradient_is_the_same_bits_in_any_company_and_place",
             "test_a_gradient_is_the_same_bits_however_many_workers_there_are",
@@ -98,9 +102,23 @@ PROMISES = (
         ("test_ingesting_again_makes_no_snapshot_and_computes_nothing", "test_ingest_again_changes_nothing"),
     ),
     Promise(
+        13,
+        "A `compact` that fails or is interrupted neither makes the bank grow nor loses a row; a `bank repair` leaves "
+        "a bank that is no worse",
+        ("test_a_damaged_row_stops_it_before_anything_changes", "test_without_room_it_does_not_begin"),
+    ),
+    Promise(
         14,
         "A search graph that is missing, damaged, hostile or another bank's never crashes: exact results instead",
         ("test_a_copied_bank_answers_without_its_index",),
+    ),
+    Promise(
+        15,
+        "Nothing is written outside of the folder it is meant for, whatever a packed bank holds",
+        (
+            "test_pack_replaces_a_packed_bank_only_when_told_and_nothing_else_ever",
+            "test_unpack_takes_a_free_place_only",
+        ),
     ),
     Promise(
         16,

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from regrad_cli.errors import Mismatch, NonFinite, UsageProblem
+from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import Fingerprint, fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
 from regrad_cli.records import BankSettings, CodecSettings, Notice, Passage, sha256_hex
@@ -290,6 +290,27 @@ def shipped_prior(identity: Fingerprint) -> bytes | None:
     """The prior that comes with regrad for this very model, named by its fingerprint; None for any other."""
     file = files("regrad_cli") / "data" / f"prior-{identity.model[:16]}.safetensors"
     return file.read_bytes() if file.is_file() else None
+
+
+def same_prior(settings: BankSettings, file: Path | None) -> Iterator[bytes]:
+    """What may be the prior of a bank with these settings, which lost it: this file and the one that comes with regrad,
+    as they lie there and as a bank keeps them. The bank knows it by its hash.
+
+    raises  UsageProblem if the file cannot be read
+    """
+    found = [shipped_prior(Fingerprint(settings.model, settings.tokenizer))]
+    if file is not None:
+        try:
+            found.insert(0, file.read_bytes())
+        except OSError as error:
+            raise UsageProblem(f"the prior {file} cannot be read: {error.strerror}") from None
+    for data in found:
+        if data is not None:
+            yield data
+            from regrad_cli.learn.prior import Prior  # torch: not where these bytes were it
+
+            with suppress(Damaged):
+                yield Prior.from_bytes(data).to_bytes()
 
 
 def prior_for(model: ModelFolder, identity: Fingerprint, file: Path | None, *, seed: int) -> Prior:

@@ -99,11 +99,18 @@ def _entries(folder: Path, ignores: Ignores) -> Iterator[tuple[Path, str, Ignore
 
 
 def is_bank(path: Path) -> bool:
-    """Whether a path is a bank, of either form: by its name, or by a FORMAT file that says so."""
+    """Whether a path is a bank, of either form: by its name, or by a FORMAT file in it that says so."""
     if path.name.endswith(".gbank"):
         return True
     marker = path / "FORMAT"
     try:
+        place = path.stat()
+        if stat.S_ISREG(place.st_mode):
+            if place.st_size % 512 or not place.st_size:  # a packed bank is whole blocks, as few documents are
+                return False
+            with path.open("rb") as file:
+                start = file.read(518)
+            return start.startswith(b"FORMAT\0") and start[512:] == b"gbank "
         if not stat.S_ISREG(marker.stat().st_mode):
             return False
         with marker.open("rb") as file:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrad_cli.bank import MovingWriter, Snapshot, move_bank, open_bank, rows_to_move
+from regrad_cli.bank import MovingWriter, Snapshot, check_format, move_bank, open_bank, rows_to_move
 from regrad_cli.engine import Engine, open_engine, settings_under
 from regrad_cli.errors import Damaged, NonFinite, UsageProblem
 from regrad_cli.records import BankSettings, IngestSummary, Notice, Passage, Progress, RowRef, row_key
@@ -53,6 +53,7 @@ def move(bank: Path, options: MoveOptions) -> Iterator[Event]:
     with ExitStack() as stack:
         writer: MovingWriter | None = None
         if options.dry_run:
+            check_format(bank)  # refuses what moving would
             snapshot = stack.enter_context(open_bank(bank))
         else:
             writer = stack.enter_context(move_bank(bank, wait_s=options.wait_s))

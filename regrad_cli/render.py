@@ -7,26 +7,25 @@ progress bar on a terminal.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from regrad_cli.errors import EXIT_INTERRUPTED, EXIT_UNEXPECTED, RegradError, UsageProblem
+from regrad_cli.errors import EXIT_INTERRUPTED, UsageProblem, describe_error
 from regrad_cli.records import Progress
-from regrad_cli.shown import json_text, visible, visible_line
+from regrad_cli.shown import apportioned, json_text, percent, visible, visible_line
 
-STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+STYLES |= {"blue": "34", "magenta": "35", "cyan": "36"}
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")
 TABLE_ROWS = 500  # rows that are drawn as one table; a longer listing is drawn as several
-QUESTION_BYTES = 1 << 20  # longest line read as one question
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +35,6 @@ class Column:
     heading: str
     number: bool = False
     share: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of standard input as a question, or why it is none."""
-
-    number: int
-    question: str
-    problem: str = ""
 
 
 class Terminal:
@@ -186,6 +176,21 @@ class Terminal:
             drawn = f"  {self.style(bar, 'cyan')}" if bar else ""
             self._out(f"  {name:<{name_width}}  {figure:>{figure_width}}{drawn}\n")
 
+    def stack(self, parts: Sequence[tuple[str, float, str, str]]) -> None:
+        """Amounts as parts of one bar, and below it what each is: (name, amount, figure, colour). Parts of nothing are
+        left out; without colours the fillings tell them apart."""
+        parts = [part for part in parts if part[1] > 0]
+        fillings = "█▓▒░▚▖▪·" if self._is_utf8(self.stdout) else "#=+-:~*."
+        total = sum(amount for _, amount, _, _ in parts)
+        cells = apportioned([amount for _, amount, _, _ in parts], min(64, self.width - 4))
+        drawn = zip(parts, cells, fillings, strict=False)
+        self._out("  " + "".join(self.style(filling * many, part[3]) for part, many, filling in drawn) + "\n")
+        name_width = max((len(name) for name, _, _, _ in parts), default=0)
+        figure_width = max((len(figure) for _, _, figure, _ in parts), default=0)
+        for (name, amount, figure, colour), filling in zip(parts, fillings, strict=False):
+            told = f" {name:<{name_width}}  {figure:>{figure_width}}  {percent(amount / total):>5}"
+            self._out(f"  {self.style(filling, colour)}{told}\n")
+
     # ── everything else: stderr ───────────────────────────────────────────────────────────────────────────────────
 
     def _err(self, text: str) -> None:
@@ -296,6 +301,12 @@ class Terminal:
         """Standard input as bytes."""
         return getattr(self.stdin, "buffer", self.stdin)
 
+    @property
+    def output(self) -> BinaryIO:
+        """Standard output as bytes."""
+        self.stdout.flush()
+        return self.stdout.buffer
+
     def can_ask(self) -> bool:
         """Whether someone is there to answer."""
         return self.in_is_terminal and self.err_is_terminal
@@ -311,29 +322,6 @@ class Terminal:
         self.stderr.write(visible_line(question) + " [y/N] ")
         self.stderr.flush()
         return str(self.stdin.readline()).strip().lower() in ("y", "yes")
-
-    def questions(self) -> Iterator[Line]:
-        """The questions on standard input, each as soon as its line is there; blank lines are passed over.
-
-        A line that starts with { is JSON with a "question"; any other line is the question itself.
-        """
-        number = 0
-        while line := self.input.readline(QUESTION_BYTES):
-            number += 1
-            if len(line) == QUESTION_BYTES and not line.endswith(b"\n"):
-                while (rest := self.input.readline(QUESTION_BYTES)) and not rest.endswith(b"\n"):
-                    pass
-                yield Line(number, "", "longer than 1 MiB")
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = line.decode("utf-8").strip()
-            except UnicodeDecodeError:
-                yield Line(number, "", "not UTF-8")
-                continue
-            if text:
-                yield _parse_question(number, text)
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -377,35 +365,6 @@ class Terminal:
             highlight=False,
             no_color=colour is None,
         )
-
-
-def describe_error(error: BaseException) -> dict[str, Any]:
-    """An exception under the stable names of `--json`: code, kind, message, hint."""
-    if isinstance(error, RegradError):
-        return {"code": error.exit_code, "kind": error.kind, "message": error.message, "hint": error.hint}
-    if isinstance(error, OSError) and error.strerror:
-        named = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes | Path) else ""
-        return {"code": EXIT_UNEXPECTED, "kind": "os_error", "message": f"{error.strerror}{named}", "hint": ""}
-    told = f": {error}" if str(error) else ""
-    return {
-        "code": EXIT_UNEXPECTED,
-        "kind": "unexpected",
-        "message": f"unexpected {type(error).__name__}{told}",
-        "hint": "this is a fault of regrad: please report it with what --debug shows",
-    }
-
-
-def _parse_question(number: int, text: str) -> Line:
-    if not text.startswith("{"):
-        return Line(number, text)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return Line(number, "", "starts with { but is not JSON")
-    question = value.get("question") if isinstance(value, dict) else None
-    if not isinstance(question, str) or not question.strip():
-        return Line(number, "", 'has no text under "question"')
-    return Line(number, question.strip())
 
 
 def _is_terminal(stream: Any) -> bool:

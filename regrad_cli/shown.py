@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -101,6 +101,24 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def percent(share: float) -> str:
+    """A share for people: 12 %, and never 0 % of something or 100 % of not everything."""
+    if 0 < share <= 0.005:
+        return "<1 %"
+    return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
+
+
+def apportioned(amounts: Sequence[float], cells: int) -> list[int]:
+    """How many of so many cells each amount gets, in all just as many; what is more than nothing gets one at least."""
+    kept = [amount for amount in amounts if amount > 0]
+    shares = [amount / sum(kept) * max(0, cells - len(kept)) if amount > 0 else 0.0 for amount in amounts]
+    found = [int(share) + (amount > 0) for share, amount in zip(shares, amounts, strict=True)]
+    by_rest = sorted(range(len(shares)), key=lambda place: int(shares[place]) - shares[place])
+    for place in by_rest[: max(0, cells - sum(found)) if kept else 0]:
+        found[place] += 1
+    return found
 
 
 def count(number: int, one: str, many: str = "") -> str:

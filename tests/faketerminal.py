@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import regrad_cli
+from regrad_cli.bank.verification import Checked, Sample
 from regrad_cli.cli.app import run
 from regrad_cli.errors import UsageProblem
 from regrad_cli.records import (
@@ -130,6 +131,9 @@ LOG_ENTRY = {"snapshot": 4, "time": "2026-01-02T03:04:05Z", "operation": "ingest
 LOG_ENTRY |= {"dead": 0, "bytes": 12_345}
 
 
+BESIDE = {"snapshots": 3, "bytes": 250, "quarantine": 0}
+
+
 class FakeSnapshot:
     """A bank in memory with the reading interface of bank.Snapshot."""
 
@@ -211,19 +215,23 @@ class Fakes:
         bank = _module("bank")
         bank.locate_bank = self._locate  # type: ignore[attr-defined]
         bank.open_bank = lambda path, snapshot=None: self.snapshot  # type: ignore[attr-defined]
+        bank.check_format = lambda path: None  # type: ignore[attr-defined]
+        bank.beside = lambda opened: dict(BESIDE)  # type: ignore[attr-defined]
         bank.remove_documents = self._remove  # type: ignore[attr-defined]
         bank.log = lambda path: [dict(LOG_ENTRY)]  # type: ignore[attr-defined]
-        bank.verify = lambda path, report=None: iter(self.findings)  # type: ignore[attr-defined]
+        bank.verify = lambda path, report=None, **_: iter(self.findings)  # type: ignore[attr-defined]
+        bank.Checked, bank.Sample = Checked, Sample  # type: ignore[attr-defined]
+        finding = _module("finding")
+        finding.query = lambda bank, question, **options: self._query(question, options)  # type: ignore[attr-defined]
+        finding.Finder = self._finder  # type: ignore[attr-defined]
         answer = _module("answer")
-        answer.query = lambda bank, question, **options: self._query(question, options)  # type: ignore[attr-defined]
-        answer.Finder = self._finder  # type: ignore[attr-defined]
         answer.Answerer = self._answerer  # type: ignore[attr-defined]
         answer.AskOptions = _options("AskOptions")  # type: ignore[attr-defined]
         ingest = _module("ingest")
         ingest.IngestOptions = _options("IngestOptions")  # type: ignore[attr-defined]
         ingest.ingest = self._ingest  # type: ignore[attr-defined]
         ingest.initialise = self._initialise  # type: ignore[attr-defined]
-        for module in (bank, answer, ingest):
+        for module in (bank, finding, answer, ingest):
             name = module.__name__.rpartition(".")[2]
             patch.setitem(sys.modules, module.__name__, module)
             patch.setattr(regrad_cli, name, module, raising=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from faketerminal import HOSTILE_NAME, HOSTILE_TEXT, LOG_ENTRY, OBEYED, Fakes, FakeSnapshot, call, passage
+from faketerminal import BESIDE, HOSTILE_NAME, HOSTILE_TEXT, LOG_ENTRY, OBEYED, Fakes, FakeSnapshot, call, passage
 
 from regrad_cli.bank.damage import Finding
 from regrad_cli.records import document_id
@@ -18,18 +20,82 @@ def fakes(monkeypatch):
     return Fakes().install(monkeypatch)
 
 
-def test_stats_in_figures_and_bars(fakes):
+def test_stats_as_a_picture(fakes):
     out = call("bank", "stats", tty=True, NO_COLOR="1").out
-    assert "2 documents, 3 passages, 1.0 kB, 500 B a passage" in out
-    bars = [line for line in out.splitlines() if "█" in line]
-    assert [line.split()[0] for line in bars] == ["gradients", "embeddings", "text"]
-    assert bars[0].count("█") > bars[1].count("█") > bars[2].count("█") - 1
+    assert out.splitlines() == [
+        "/b/.gbank  live, snapshot 4",
+        "2 documents, 3 passages, 1.0 kB, 500 B a passage",
+        "",
+        "  " + 56 * "█" + 6 * "▓" + 2 * "▒",
+        "  █ gradients   900 B   90 %",
+        "  ▓ embeddings   90 B    9 %",
+        "  ▒ text         10 B    1 %",
+        "",
+        "  " + 38 * "█" + 26 * "▓",
+        "  █ live     3   60 %",
+        "  ▓ removed  2   40 %",
+        "",
+        "2 removed passages still on disk; `regrad compact` drops them",
+        "beside it on disk: 3 other snapshots with 250 B of their own",
+        "",
+        "  model     starter",
+        "  prior     seeded",
+        "  codec     r1-int4",
+        "  embedder  minilm",
+    ]
+    coloured = call("bank", "stats", tty=True).out
+    assert "\x1b[36m█" in coloured
+    assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == out
+
+
+def test_the_picture_fits_a_narrow_terminal(fakes):
+    out = call("bank", "stats", tty=True, COLUMNS="40", NO_COLOR="1").out
+    assert "2 documents, 3 passages, 1.0 kB,\n500 B a passage\n" in out
+    assert max(map(len, out.splitlines())) <= 40
+    narrow = call("bank", "stats", tty=True, COLUMNS="20", NO_COLOR="1")
+    assert narrow.code == 0
+    assert "█" in narrow.out
+
+
+def test_stats_in_a_pipe_are_lines_without_colours(fakes):
+    assert call("bank", "stats").out.splitlines() == [
+        "/b/.gbank  live, snapshot 4",
+        "2 documents, 3 passages, 1.0 kB, 500 B a passage",
+        "2 removed passages still on disk",
+        "  gradients   900 B  " + 40 * "█",
+        "  embeddings   90 B  " + 4 * "█",
+        "  text         10 B  █",
+        "  index         0 B",
+        "  model     starter",
+        "  prior     seeded",
+        "  codec     r1-int4",
+        "  embedder  minilm",
+    ]
+
+
+def test_the_picture_of_a_bank_that_moves_shows_how_far_it_is(fakes):
+    stats = fakes.snapshot.stats()
+    stats |= {"move": {"prior": "learned", "passages": 1}, "stale": 3, "dead": 0}
+    stats["bytes"] |= {"moved": 300}
+    fakes.snapshot.stats = lambda: stats
+    out = call("bank", "stats", tty=True, NO_COLOR="1").out
+    assert "  █ recomputed  1   33 %\n  ▓ stale       2   67 %\n" in out
+    assert "▓ moved       300 B" in out
+    assert "on the way to prior learned: 1 of 3 passages computed; `regrad ingest --stale` goes on" in out
+
+
+def test_what_removed_passages_take_is_counted_once(fakes):
+    stats = fakes.snapshot.stats() | {"removed_bytes": {"gradients": 400, "embeddings": 40, "text": 10, "total": 450}}
+    fakes.snapshot.stats = lambda: stats
+    out = call("bank", "stats", tty=True, NO_COLOR="1").out
+    assert re.findall(r"[█▓▒░] (\w+) +(\d+) B", out) == [("gradients", "500"), ("embeddings", "50"), ("removed", "450")]
 
 
 def test_stats_json_has_the_names_that_others_rely_on(fakes):
     document = call("bank", "stats", "--json").document
     assert set(document) >= STATS
     assert set(document["bytes"]) == {"gradients", "embeddings", "text", "index", "total"}
+    assert document["beside"] == BESIDE
 
 
 def test_ls_is_a_line_a_document(fakes):
@@ -113,7 +179,11 @@ def test_log(fakes):
 
 def test_verify_of_a_sound_bank_is_0(fakes):
     assert call("bank", "verify").code == 0
-    assert call("bank", "verify", "--json").document == {"path": "/b/.gbank", "ok": True, "findings": []}
+    document = call("bank", "verify", "--json").document
+    assert set(document.pop("checked")) == {
+        "percent", "seed", "snapshots", "rows", "rows_total", "blocks", "blocks_total"
+    }  # fmt: skip
+    assert document == {"path": "/b/.gbank", "ok": True, "findings": []}
 
 
 def test_verify_of_a_damaged_bank_names_each_finding_and_is_14(fakes):

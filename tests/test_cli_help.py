@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 MAKER = runpy.run_path(str(ROOT / "docs" / "make_commands.py"))
 COMMANDS = dict(MAKER["walk"](typer.main.get_command(app), "regrad"))
 DUE = ["init", "ingest", "query", "ask", "doctor", "model", "model ls", "model fetch", "config", "config show", "bank"]
-DUE += ["export", "meta-train", "eval"]
-DUE += ["bank " + name for name in ("stats", "ls", "show", "rm", "log", "verify")]
+DUE += ["export", "meta-train", "eval", "compact", "diff"]
+DUE += ["bank " + name for name in ("stats", "ls", "show", "rm", "log", "verify", "repair", "pack", "unpack")]
 
 
 def test_every_command_that_is_due_is_there():
@@ -55,7 +55,7 @@ def test_json_quiet_and_debug_are_on_every_command(path):
 
 
 def test_what_computes_takes_a_device():
-    for name, wanted in {"ingest": 2, "ask": 2, "query": 1, "doctor": 2, "export": 2, "eval": 2}.items():
+    for name, wanted in {"ingest": 2, "ask": 2, "query": 1, "doctor": 2, "export": 2, "eval": 2, "diff": 1}.items():
         options = {option for parameter in COMMANDS[f"regrad {name}"].params for option in parameter.opts}
         assert len(options & {"--device", "--dtype"}) == wanted, name
 

@@ -15,7 +15,16 @@ import regrad_cli
 PACKAGE = Path(regrad_cli.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "sentence_transformers", "peft"}
-GROUND = ("records.py", "settings.py", "errors.py", "shown.py", "places.py")
+GROUND = (
+    "records.py",
+    "results.py",
+    "trainevents.py",
+    "settings.py",
+    "errors.py",
+    "shown.py",
+    "places.py",
+    "questions.py",
+)
 USE_CASES = ("ingest.py", "answer.py", "metatrain.py", "evaluate.py", "maintain.py")
 
 

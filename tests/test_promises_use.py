@@ -19,9 +19,10 @@ import use_cases
 from test_answer import QUESTION, write_prior
 from use_cases import answered, ask, files, ingest, number, story, write
 
-from regrad_cli.answer import Answerer, AskOptions, query
+from regrad_cli.answer import Answerer, AskOptions
 from regrad_cli.bank import open_bank, verify
 from regrad_cli.errors import Mismatch, RegradError
+from regrad_cli.finding import query
 from regrad_cli.ingest import initialise
 from regrad_cli.records import Piece
 

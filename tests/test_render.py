@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regrad_cli.errors import NoBank, UsageProblem
+from regrad_cli.questions import read_questions
 from regrad_cli.records import Progress
 from regrad_cli.render import Column
-from regrad_cli.shown import count, duration, json_text, size, visible, visible_line
+from regrad_cli.shown import apportioned, count, duration, json_text, percent, size, visible, visible_line
 
 
 @pytest.mark.parametrize("character", OBEYED)
@@ -160,6 +162,37 @@ def test_what_nobody_expected_is_70_and_its_traceback_only_with_debug():
         assert ("Traceback" in streams.stderr.getvalue()) == debug
 
 
+def test_a_bar_of_parts_says_what_each_is_without_colours_and_without_utf8():
+    streams = terminal(tty=True, environ={"COLUMNS": "24", "NO_COLOR": "1"})
+    parts = [("big", 990.0, "990 B", "cyan"), ("none", 0.0, "0 B", "red"), ("small", 1.0, "1 B", "dim")]
+    streams.stack(parts)
+    assert streams.stdout.getvalue().splitlines() == [
+        "  " + 19 * "█" + "▓",
+        "  █ big    990 B  >99 %",
+        "  ▓ small    1 B   <1 %",
+    ]
+    streams = terminal(tty=True)
+    streams.stdout.encoding = "ascii"
+    streams.stack(parts)
+    assert streams.stdout.getvalue().isascii()
+    streams.stack([])
+
+
+@given(amounts=st.lists(st.floats(0, 1e15), max_size=9), cells=st.integers(9, 80))
+def test_cells_of_a_bar_are_all_given_and_none_to_nothing(amounts, cells):
+    given_ = apportioned(amounts, cells)
+    assert sum(given_) == (cells if any(amounts) else 0)
+    assert [number > 0 for number in given_] == [amount > 0 for amount in amounts]
+    for one, amount in zip(given_, amounts, strict=True):
+        assert all(one <= other + 1 for other, larger in zip(given_, amounts, strict=True) if larger > amount)
+
+
+def test_shares_are_never_rounded_to_nothing_or_to_all():
+    assert [percent(share) for share in (0, 0.001, 0.005, 0.5, 0.994, 0.999, 1)] == [
+        "0 %", "<1 %", "<1 %", "50 %", "99 %", ">99 %", "100 %",
+    ]  # fmt: skip
+
+
 def test_questions_come_as_lines_or_json_and_wrong_ones_are_named():
     lines = [
         b"\xef\xbb\xbffirst\r\n",
@@ -173,7 +206,7 @@ def test_questions_come_as_lines_or_json_and_wrong_ones_are_named():
         b"[" * 50 + b"\n",
         b"last",
     ]
-    found = [(line.number, line.question, line.problem) for line in terminal(b"".join(lines)).questions()]
+    found = [(line.number, line.question, line.problem) for line in read_questions(io.BytesIO(b"".join(lines)))]
     assert found == [
         (1, "first", ""),
         (3, "second", ""),
@@ -188,7 +221,7 @@ def test_questions_come_as_lines_or_json_and_wrong_ones_are_named():
 
 
 def test_a_json_question_nested_without_end_is_named_not_a_crash():
-    (line,) = terminal(b'{"question": ' + b"[" * 100_000 + b"\n").questions()
+    (line,) = read_questions(io.BytesIO(b'{"question": ' + b"[" * 100_000 + b"\n"))
     assert line.problem
 
 

@@ -1,5 +1,5 @@
-"""Clearing what is no longer needed: a crash's leftovers, an ingest's own intermediate snapshots. Knows which files
-which snapshots name; the caller holds the writer's lock.
+"""Clearing what is no longer needed: a crash's leftovers, an ingest's own intermediate snapshots, those that a
+`compact` put behind the bank. Knows which files which snapshots name; the caller holds the writer's lock.
 
 Nothing here may fail a write: what cannot be removed stays until the next writer. No file goes that any snapshot names,
 and while a snapshot's manifest cannot be read, nobody knows what it names, so none goes at all.
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
@@ -21,23 +21,37 @@ from regrad_cli.errors import RegradError
 
 
 def clear_leftovers(bank: Path, newest: Manifest) -> None:
-    """Empties tmp/, drops intermediate snapshots that a killed writer left, and files that no snapshot names."""
-    with suppress(OSError):
-        for entry in (bank / "tmp").iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                files.discard(entry)
+    """Empties tmp/, drops snapshots that are not meant to stay (a killed writer's intermediate ones, those older than
+    `newest.oldest`), copies without their manifests, and files that no snapshot names."""
+    empty_folder(bank / "tmp")
     with suppress(OSError):
         for claim in (bank / "snapshots").glob("*.claim"):
             files.discard(claim)
+    for number in layout.snapshot_numbers(bank):
+        if number < newest.oldest:
+            _drop(bank, number)
     for number in reversed(layout.snapshot_numbers(bank)[:-1]):
         older = _manifest(bank, number)
         if older is None or older.run != newest.run:
             break
         _drop(bank, number)
+    for number in set(layout.snapshot_numbers(bank, "copy")).difference(layout.snapshot_numbers(bank)):
+        files.discard(bank / layout.copy_name(number))
     named = {name for name, _ in newest.files()}
-    _remove_unnamed(bank, [name for name in layout.content_files(bank) if name not in named])
+    remove_unnamed(bank, [name for name in layout.content_files(bank) if name not in named])
+
+
+def empty_folder(folder: Path) -> None:
+    """Removes whatever lies in one of the bank's folders, as far as it can be removed. A link is none of them: what it
+    leads to is somebody else's."""
+    if folder.is_symlink():
+        return
+    with suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                files.discard(entry)
 
 
 def drop_snapshots(bank: Path, numbers: Sequence[int], newest: Manifest) -> None:
@@ -47,7 +61,7 @@ def drop_snapshots(bank: Path, numbers: Sequence[int], newest: Manifest) -> None
         manifest = _manifest(bank, number)
         if manifest is not None and _drop(bank, number):
             freed.update(name for name, _ in manifest.files())
-    _remove_unnamed(bank, freed - {name for name, _ in newest.files()})
+    remove_unnamed(bank, freed - {name for name, _ in newest.files()})
 
 
 def _manifest(bank: Path, number: int) -> Manifest | None:
@@ -61,20 +75,32 @@ def _manifest(bank: Path, number: int) -> Manifest | None:
 
 def _drop(bank: Path, number: int) -> bool:
     """Unlinks one snapshot unless a reader holds it; a reader that opens it in this moment sees that it is gone."""
-    path = bank / layout.snapshot_name(number)
+    with unread(bank, number) as free:
+        if not (free and files.discard(bank / layout.snapshot_name(number))):
+            return False
+    files.discard(bank / layout.copy_name(number))
+    return True
+
+
+@contextmanager
+def unread(bank: Path, number: int) -> Iterator[bool]:
+    """Keeps readers from a snapshot for the length of the block; False where it cannot: one has it, or it is gone."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(bank / layout.snapshot_name(number), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
+        yield False
+        return
     try:
-        return files.lock_exclusive(fd) and files.discard(path)
-    except OSError:
-        return False  # no locks here: nobody can tell whether it is read
+        try:
+            free = files.lock_exclusive(fd)
+        except OSError:
+            free = False  # no locks here: nobody can tell whether it is read
+        yield free
     finally:
         os.close(fd)
 
 
-def _remove_unnamed(bank: Path, candidates: Iterable[str]) -> None:
+def remove_unnamed(bank: Path, candidates: Iterable[str]) -> None:
     """Removes those of the candidates that no snapshot names. The other manifests are read only if there are any."""
     remaining = set(candidates)
     if not remaining:

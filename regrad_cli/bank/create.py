@@ -8,8 +8,11 @@ from pathlib import Path
 
 import regrad_cli
 from regrad_cli.bank import files, layout
+from regrad_cli.bank.commit import link_manifest
+from regrad_cli.bank.damage import REPAIR
 from regrad_cli.bank.locks import hold_lock
 from regrad_cli.bank.manifest import Counts, FileEntry, Manifest
+from regrad_cli.bank.opening import lost_snapshot
 from regrad_cli.errors import UsageProblem
 from regrad_cli.records import BankSettings, sha256_hex
 
@@ -63,7 +66,7 @@ def create_bank(path: Path, settings: BankSettings, prior: bytes) -> None:
                 index=None,
                 counts=Counts(),
             )
-            files.publish_once(files.write_temporary(temporary, [manifest.to_bytes()[0]]), path / manifest.name)
+            link_manifest(path, manifest)
             files.sync_folder(path / "snapshots")
 
 
@@ -77,8 +80,9 @@ def refuse_what_is_there(path: Path) -> None:
         raise UsageProblem(
             f"there is a bank at {path} already", "`regrad ingest` adds to it; `regrad init PATH` makes another one"
         )
-    if layout.looks_like_a_bank(path) and any(name.startswith("shards/") for name in layout.content_files(path)):
-        raise UsageProblem(f"there is a damaged bank at {path}: it has shards but no snapshot", "name another place")
+    shards = any(name.startswith("shards/") for name in layout.content_files(path))
+    if lost_snapshot(path) is not None or (shards and layout.looks_like_a_bank(path)):
+        raise UsageProblem(f"there is a damaged bank at {path}: it has no snapshot", f"{REPAIR}, or name another place")
     if not _only_beginnings(path):
         raise UsageProblem(f"{path} holds other things", f"name a free one: `regrad init {path / layout.BANK_FOLDER}`")
 
@@ -96,5 +100,5 @@ def _only_beginnings(path: Path) -> bool:
         for entry in entries
         if entry.name in layout.FOLDERS and entry.name != "tmp"
         for inner in entry.iterdir()
-        if inner.suffix != ".claim"
+        if inner.suffix not in (".claim", ".copy")
     )

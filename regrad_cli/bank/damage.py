@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from regrad_cli.errors import Damaged
 
+REPAIR = "`regrad bank repair` puts right what can be proved (`--dry-run` says what that is)"
 WAY_OUT = (
-    "`regrad bank verify` lists all damage; `--skip-damaged` answers from the rest; "
+    f"{REPAIR}; until then `--skip-damaged` answers from the rest, and "
     "`--snapshot N` reads an older snapshot (`regrad bank log` lists them)"
 )
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 from regrad_cli.errors import StorageFailed
 
 # What link(2) answers where a file system has no hard links (FAT, some network and FUSE mounts).
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
 class System:
@@ -135,7 +135,7 @@ def publish_once(temporary: Path, target: Path) -> None:
         try:
             SYSTEM.link(temporary, target)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
             _claim_and_rename(temporary, target)
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from regrad_cli.errors import NoBank
@@ -19,7 +20,7 @@ SUFFIXES = {"shards": ".safetensors", "docs": ".jsonl", "priors": ".safetensors"
 FOLDERS = ("snapshots", *SUFFIXES, "tmp", "quarantine")
 
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.[a-z]+)\Z")
-_SNAPSHOT_NAME = re.compile(r"([0-9]{8,12})\.json\Z")
+_SNAPSHOT_NAME = re.compile(r"([0-9]{8,12})\.(json|copy)\Z")
 
 
 def content_name(folder: str, sha256: str) -> str:
@@ -31,13 +32,19 @@ def snapshot_name(number: int) -> str:
     return f"snapshots/{number:08d}.json"
 
 
-def snapshot_numbers(bank: Path) -> list[int]:
-    """Numbers of the snapshots whose manifests exist, ascending; [] if there is no such folder."""
+def copy_name(number: int) -> str:
+    """The name of the second file with a manifest's bytes, which only a repair reads."""
+    return f"snapshots/{number:08d}.copy"
+
+
+def snapshot_numbers(bank: Path, kind: str = "json") -> list[int]:
+    """Numbers of the snapshots whose manifests (or, of kind "copy", whose copies) exist, ascending; [] if there is no
+    such folder."""
     numbers = []
     try:
         for entry in (bank / "snapshots").iterdir():
             match = _SNAPSHOT_NAME.match(entry.name)
-            if match and f"{int(match[1]):08d}" == match[1]:
+            if match and match[2] == kind and f"{int(match[1]):08d}" == match[1]:
                 numbers.append(int(match[1]))
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -59,7 +66,7 @@ def content_files(bank: Path) -> Iterator[str]:
 
 def looks_like_a_bank(path: Path) -> bool:
     """Whether this folder is meant to be a bank, however damaged."""
-    return (path / FORMAT_FILE).is_file() or bool(snapshot_numbers(path))
+    return (path / FORMAT_FILE).is_file() or bool(snapshot_numbers(path)) or bool(snapshot_numbers(path, "copy"))
 
 
 def locate_bank(explicit: str | Path | None, start: Path) -> Path:
@@ -69,10 +76,11 @@ def locate_bank(explicit: str | Path | None, start: Path) -> Path:
     """
     if explicit is not None:
         path = Path(explicit).expanduser()
-        if path.is_file() or looks_like_a_bank(path):
-            return path
-        if looks_like_a_bank(path / BANK_FOLDER):
-            raise NoBank(f"{path} is not a bank", f"it holds one: --bank {path / BANK_FOLDER}")
+        with suppress(OSError, ValueError):  # what the system takes for no name at all is no bank
+            if path.is_file() or looks_like_a_bank(path):
+                return path
+            if looks_like_a_bank(path / BANK_FOLDER):
+                raise NoBank(f"{path} is not a bank", f"it holds one: --bank {path / BANK_FOLDER}")
         raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
     for folder in (start, *start.resolve().parents):
         if looks_like_a_bank(folder / BANK_FOLDER):

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 from regrad_cli.bank import layout
@@ -116,7 +117,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One snapshot. `run` is the writer's own mark: of the snapshots of one run only the last is kept when it ends."""
+    """One snapshot.
+
+    run      the writer's own mark: of the snapshots of one run only the last is kept when it ends
+    oldest   the oldest snapshot that is meant to stay; a writer drops those before it as soon as nobody reads them
+    """
 
     bank: str
     number: int
@@ -133,6 +138,7 @@ class Manifest:
     reader_flags: tuple[str, ...] = ()
     writer_flags: tuple[str, ...] = ()
     move: Move | None = None
+    oldest: int = 0
     sha256: str = ""
 
     @property
@@ -179,6 +185,8 @@ class Manifest:
                 "prior": asdict(self.move.prior),
                 "shards": [_shard_json(shard) for shard in self.move.shards],
             }
+        if self.oldest:
+            body["oldest"] = self.oldest
         digest = sha256_hex(canonical_json(body))
         return (canonical_json(body | {"sha256": digest}) + "\n").encode(), replace(self, sha256=digest)
 
@@ -206,6 +214,12 @@ def parse(data: bytes, name: str, *, for_writing: bool = False) -> Manifest:
         return _Checked(body, name).manifest(own)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFile(name, f"is not a manifest of format {FORMAT_VERSION} ({error!r})") from error
+
+
+def refuse_newer_format(path: Path, found: bytes) -> None:
+    """raises UnknownFormat where the text of FORMAT tells of another format than this version's"""
+    if found != layout.FORMAT_TEXT and re.fullmatch(rb"gbank [0-9]{1,9}\n", found):
+        raise UnknownFormat(f"{path} is of format {found[6:-1].decode()}", "install a newer regrad")
 
 
 def _load(data: bytes, name: str) -> dict[str, Any]:
@@ -270,6 +284,7 @@ class _Checked:
             reader_flags=tuple(body["reader_flags"]),
             writer_flags=tuple(body["writer_flags"]),
             move=_move(body[MOVE]) if MOVE in body else None,
+            oldest=_whole(body["oldest"], "oldest", number) if "oldest" in body else 0,
             sha256=digest,
         )
         if (made.move is not None) != (MOVE in made.writer_flags):

@@ -5,55 +5,72 @@ readers' lock; what a snapshot holds is snapshot.py's.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
-from regrad_cli.bank.damage import DamagedFile
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest, parse
+from regrad_cli.bank.damage import REPAIR, DamagedFile
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest, parse, refuse_newer_format
+from regrad_cli.bank.packed import Packed
 from regrad_cli.bank.snapshot import Snapshot
 from regrad_cli.bank.store import Folder, Region, open_plain_file
-from regrad_cli.errors import NoBank, UnknownFormat, UsageProblem
+from regrad_cli.errors import NoBank, UsageProblem
 
 
 def open_bank(path: Path, snapshot: int | None = None) -> Snapshot:
-    """Opens the newest snapshot, or the one of that number, with a shared lock that keeps it from being deleted.
+    """Opens the newest snapshot, or the one of that number, with a shared lock that keeps it from being deleted; of a
+    packed bank its only one.
 
     raises  NoBank, DamagedFile, UnknownFormat; UsageProblem for a number there is not
     """
+    if path.is_file():
+        packed = Packed(path)
+        if snapshot not in (None, packed.manifest.number):
+            packed.close()
+            raise UsageProblem(
+                f"there is no snapshot {snapshot} in {path}", f"a packed bank holds one: {packed.manifest.number}"
+            )
+        return Snapshot(packed, packed.manifest, packed.close)
     check_format(path)
     # A snapshot may go between listing and locking it (an ingest drops its own intermediate ones): look again then.
     while True:
         manifest, fd = _open_manifest(path, snapshot)
         files.lock_shared(fd)
         if os.fstat(fd).st_nlink:
-            return Snapshot(Folder(path), manifest, fd)
+            return Snapshot(Folder(path), manifest, partial(os.close, fd))
         os.close(fd)
 
 
 def check_format(path: Path) -> None:
-    """raises NoBank where there is none, UnknownFormat where FORMAT tells of another, DamagedFile where it is broken"""
+    """Looks whether a live bank is there, which can be written to.
+
+    raises  NoBank where there is none, UnknownFormat where FORMAT tells of another, DamagedFile where it is broken;
+            UsageProblem for a packed one
+    """
     if path.is_file():
-        raise UnknownFormat(f"{path} is a file; this version reads banks that are folders", "install a newer regrad")
+        with Packed(path):
+            raise UsageProblem(
+                f"{path} is packed and cannot be written to",
+                f"`regrad bank unpack {path} DIR` makes a folder of it, which can",
+            )
     if not layout.looks_like_a_bank(path):
         raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
     try:
         with Folder(path).open(layout.FORMAT_FILE) as region:
             found = region.read(0, min(region.length, 64))
     except DamagedFile as error:
-        raise DamagedFile(layout.FORMAT_FILE, error.finding.what, hint="its one line is `gbank 1`") from error
+        raise DamagedFile(layout.FORMAT_FILE, error.finding.what, hint=REPAIR) from error
+    refuse_newer_format(path, found)
     if found != layout.FORMAT_TEXT:
-        if found.startswith(b"gbank ") and found[6:-1].isdigit() and found.endswith(b"\n"):
-            raise UnknownFormat(f"{path} is of format {found[6:-1].decode()}", "install a newer regrad")
-        raise DamagedFile(layout.FORMAT_FILE, f"reads {found!r}", hint="its one line is `gbank 1`")
+        raise DamagedFile(layout.FORMAT_FILE, f"reads {found!r}", hint=REPAIR)
 
 
 def _open_manifest(path: Path, number: int | None, *, for_writing: bool = False) -> tuple[Manifest, int]:
     numbers = layout.snapshot_numbers(path)
     if not numbers:
-        if any(name.startswith("shards/") for name in layout.content_files(path)):
-            raise DamagedFile(
-                "snapshots", "holds no snapshot", hint="put back a copy of that folder, or ingest into a new bank"
-            )
+        if lost_snapshot(path) is not None or any(name.startswith("shards/") for name in layout.content_files(path)):
+            raise DamagedFile("snapshots", "holds no snapshot", hint=REPAIR)
         raise NoBank(f"the bank at {path} was never finished", f"run `regrad init {path}` again")
     if number is not None and number not in numbers:
         listed = ", ".join(map(str, numbers[-8:]))
@@ -74,13 +91,54 @@ def _open_manifest(path: Path, number: int | None, *, for_writing: bool = False)
 
 
 def newest_manifest(path: Path, *, for_writing: bool = False) -> Manifest:
-    """The manifest that counts, for the one who holds the writer's lock."""
+    """The manifest that counts, for the one who holds the writer's lock.
+
+    raises  DamagedFile also where there was a newer one, which a new commit would bury
+    """
     manifest, fd = _open_manifest(path, None, for_writing=for_writing)
     os.close(fd)
+    lost = lost_snapshot(path)
+    if lost is not None:
+        raise DamagedFile(layout.snapshot_name(lost), "is missing, and its copy is there", hint=REPAIR)
     return manifest
+
+
+def lost_snapshot(path: Path) -> int | None:
+    """The number of a newest manifest that is gone: its copy is there, and is not what a crash left of a commit that
+    never was (of that the manifest lies in tmp/ as well; see commit.py)."""
+    copies = layout.snapshot_numbers(path, "copy")
+    if not copies or copies[-1] <= max(layout.snapshot_numbers(path), default=0):
+        return None
+    with suppress(OSError):
+        copy = path / layout.copy_name(copies[-1])
+        size = copy.stat().st_size
+        for entry in os.scandir(path / "tmp"):
+            same_size = entry.is_file(follow_symlinks=False) and entry.stat().st_size == size <= MANIFEST_LIMIT
+            if same_size and Path(entry.path).read_bytes() == copy.read_bytes():
+                return None
+    return copies[-1]
 
 
 def read_manifest(region: Region, *, for_writing: bool = False) -> Manifest:
     if region.length > MANIFEST_LIMIT:
         raise DamagedFile(region.name, f"is larger than any manifest ({region.length} bytes)")
     return parse(region.read(0, region.length), region.name, for_writing=for_writing)
+
+
+def read_own(path: Path, number: int, *, for_writing: bool = False) -> Manifest:
+    """The manifest of a snapshot. raises DamagedFile, UnknownFormat"""
+    with Folder(path).open(layout.snapshot_name(number)) as region:
+        return read_manifest(region, for_writing=for_writing)
+
+
+def read_copy(path: Path, number: int, *, for_writing: bool = False) -> Manifest:
+    """The manifest that a snapshot's copy holds. raises DamagedFile, UnknownFormat"""
+    name = layout.copy_name(number)
+    with Folder(path).open(name) as region:
+        if region.length > MANIFEST_LIMIT:
+            raise DamagedFile(name, f"is larger than any manifest ({region.length} bytes)")
+        data = region.read(0, region.length)
+    try:
+        return parse(data, layout.snapshot_name(number), for_writing=for_writing)
+    except DamagedFile as error:
+        raise DamagedFile(name, error.finding.what) from error

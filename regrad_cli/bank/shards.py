@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,14 +29,14 @@ import numpy as np
 import numpy.typing as npt
 
 from regrad_cli.bank.damage import DamagedFile, DamagedRow
-from regrad_cli.bank.manifest import BLOCKS, FileEntry, ShardEntry
+from regrad_cli.bank.manifest import ShardEntry
 from regrad_cli.bank.store import Region, Store
 from regrad_cli.records import BankSettings, Passage, canonical_json, document_id
 
 HEADER_LIMIT = 1 << 16  # bytes; ours is under 1 kB, and a reader never believes a larger one
 LINE_LIMIT = 16 << 20  # bytes of one passage with its source and title
 _ROW = b"gbank row 1\0"
-_DTYPES = {"I64": "<i8", "I32": "<i4", "F16": "<f2", "U8": "|u1"}
+DTYPES = {"I64": "<i8", "I32": "<i4", "F16": "<f2", "U8": "|u1"}
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "document": str,
     "source": str,
@@ -63,13 +63,15 @@ class TensorPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, proved by its checksum."""
+    """One row, proved by its checksum. `line` is the passage as it stands in the docs file."""
 
     key: bytes
     codes: bytes
     scales: bytes
     embedding: bytes
     passage: Passage
+    line: bytes
+    checksum: bytes
 
 
 def expected_tensors(settings: BankSettings, rows: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -114,61 +116,6 @@ def row_checksum(key: bytes, codes: bytes, scales: bytes, embedding: bytes, line
     return digest.digest()
 
 
-def build_shard(
-    settings: BankSettings,
-    passages: Sequence[Passage],
-    keys: Sequence[bytes],
-    codes: npt.NDArray[np.uint8],
-    scales: npt.NDArray[np.float16],
-    embeddings: npt.NDArray[np.float16],
-) -> tuple[bytes, bytes, ShardEntry]:
-    """The shard's file, its docs file, and its manifest entry. The same rows give the same bytes, always."""
-    from safetensors.numpy import save
-
-    rows = len(passages)
-    lines = [passage_line(passage) for passage in passages]
-    if max(map(len, lines)) > LINE_LIMIT:
-        raise ValueError(f"a passage's line is longer than {LINE_LIMIT} bytes")
-    codes, scales, embeddings = (
-        np.ascontiguousarray(codes),
-        np.ascontiguousarray(scales),
-        np.ascontiguousarray(embeddings),
-    )
-    checksums = [
-        row_checksum(keys[row], codes[row].tobytes(), scales[row].tobytes(), embeddings[row].tobytes(), lines[row])
-        for row in range(rows)
-    ]
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "line_ends": np.cumsum([len(line) for line in lines], dtype=np.int64),
-        "tokens": np.array([passage.tokens for passage in passages], np.int32),
-        "embeddings": embeddings,
-        "scales": scales,
-        "checksums": np.frombuffer(b"".join(checksums), np.uint8).reshape(rows, 32),
-        "codes": codes,
-        "documents": np.frombuffer(bytes.fromhex("".join(p.document for p in passages)), np.uint8).reshape(rows, 8),
-        "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(rows, 32),
-    }
-    data = save(tensors)
-    docs = b"".join(lines)
-    header = data[: 8 + int.from_bytes(data[:8], "little")]
-    places = parse_header(header, len(data), expected_tensors(settings, rows), "new shard")
-    blocks = {"header": hashlib.sha256(header).hexdigest()}
-    for block in BLOCKS[1:]:
-        place = places[block]
-        blocks[block] = hashlib.sha256(memoryview(data)[place.start : place.start + place.size_bytes]).hexdigest()
-    entry = ShardEntry(
-        sha256=hashlib.sha256(data).hexdigest(),
-        bytes=len(data),
-        rows=rows,
-        first=min(passage.document for passage in passages),
-        last=max(passage.document for passage in passages),
-        tokens=sum(passage.tokens for passage in passages),
-        blocks=blocks,
-        docs=FileEntry(hashlib.sha256(docs).hexdigest(), len(docs)),
-    )
-    return data, docs, entry
-
-
 def parse_header(
     header: bytes, file_bytes: int, expected: dict[str, tuple[str, tuple[int, ...]]], name: str
 ) -> dict[str, TensorPlace]:
@@ -185,7 +132,7 @@ def parse_header(
     places: dict[str, TensorPlace] = {}
     for tensor, (dtype, shape) in expected.items():
         entry = body[tensor]
-        size = int(np.dtype(_DTYPES[dtype]).itemsize)
+        size = int(np.dtype(DTYPES[dtype]).itemsize)
         for dimension in shape:
             size *= dimension
         if not isinstance(entry, dict) or entry.get("dtype") != dtype or entry.get("shape") != list(shape):
@@ -214,7 +161,7 @@ class ShardReader:
     """Reads one shard of a snapshot, opening its files for each call; safe to use from several threads.
 
     Every method raises DamagedFile (DamagedRow for one row) rather than returning what no checksum proves, but for
-    `unproved_embeddings`.
+    `unproved_…`.
     """
 
     def __init__(self, store: Store, entry: ShardEntry, settings: BankSettings) -> None:
@@ -246,7 +193,7 @@ class ShardReader:
             region.read_into(place.start, buffer.data)
         if hashlib.sha256(buffer.data).hexdigest() != self.entry.blocks[tensor]:
             raise DamagedFile(self.entry.name, f"{tensor} are damaged", self._known_documents(tensor))
-        return buffer.view(_DTYPES[place.dtype]).reshape(place.shape)
+        return buffer.view(DTYPES[place.dtype]).reshape(place.shape)
 
     def embeddings(self) -> npt.NDArray[np.float16]:
         """(rows, d) float16"""
@@ -278,6 +225,12 @@ class ShardReader:
             place = self._layout(region)["embeddings"]
             data = b"".join(region.read(place.start + row * place.row_bytes, place.row_bytes) for row in rows)
         return np.frombuffer(data, "<f2").reshape(len(rows), -1)
+
+    def unproved_checksums(self) -> npt.NDArray[np.uint8]:
+        """(rows, 32) uint8, straight from the file: for telling which rows to look at. A wrong one fails its row."""
+        with self.store.open(self.entry.name, self.entry.bytes) as region:
+            place = self._layout(region)["checksums"]
+            return np.frombuffer(region.read(place.start, place.size_bytes), np.uint8).reshape(place.shape)
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """(row, line) of all rows, the docs file proved by its name."""
@@ -323,36 +276,44 @@ class ShardReader:
 
     def row(self, row: int) -> Row:
         """One row with its passage, proved by its checksum. Reads that row only."""
-        if not 0 <= row < self.entry.rows:
-            raise IndexError(f"row {row} of {self.entry.rows}")
-        with self.store.open(self.entry.name, self.entry.bytes) as region:
-            places = self._layout(region)
+        (found,) = self.rows([row])
+        return found
 
-            def part(tensor: str) -> bytes:
+    def rows(self, wanted: Iterable[int]) -> Iterator[Row]:
+        """These rows in turn, each read when it is asked for and proved by its checksum; both files are opened once."""
+        with ExitStack() as stack:
+            region = stack.enter_context(self.store.open(self.entry.name, self.entry.bytes))
+            places = self._layout(region)
+            docs: Region | None = None
+
+            def part(tensor: str, row: int) -> bytes:
                 place = places[tensor]
                 return region.read(place.start + row * place.row_bytes, place.row_bytes)
 
-            key, codes, scales, embedding = part("keys"), part("codes"), part("scales"), part("embeddings")
-            checksum, document = part("checksums"), part("documents").hex()
-            ends = places["line_ends"].start
-            start = int.from_bytes(region.read(ends + 8 * row - 8, 8), "little", signed=True) if row else 0
-            end = int.from_bytes(region.read(ends + 8 * row, 8), "little", signed=True)
-        if not 0 <= start < end <= self.entry.docs.bytes or end - start > LINE_LIMIT:
-            raise self._damaged(row, "its place in the docs file is damaged")
-        try:
-            with self.store.open(self.entry.docs_name, self.entry.docs.bytes) as region:
-                line = region.read(start, end - start)
-        except DamagedFile as error:
-            raise self._damaged(row, f"{error.finding.file} {error.finding.what}") from error
-        if row_checksum(key, codes, scales, embedding, line) != checksum:
-            raise self._damaged(row, "its checksum does not match", line)
-        try:
-            passage = parse_line(line)
-        except ValueError as error:
-            raise self._damaged(row, f"its line is not a passage ({error})") from error
-        if passage.document != document:
-            raise self._damaged(row, "it names another document", line)
-        return Row(key, codes, scales, embedding, passage)
+            for row in wanted:
+                if not 0 <= row < self.entry.rows:
+                    raise IndexError(f"row {row} of {self.entry.rows}")
+                start = int.from_bytes(part("line_ends", row - 1), "little", signed=True) if row else 0
+                end = int.from_bytes(part("line_ends", row), "little", signed=True)
+                if not 0 <= start < end <= self.entry.docs.bytes or end - start > LINE_LIMIT:
+                    raise self._damaged(row, "its place in the docs file is damaged")
+                try:
+                    if docs is None:
+                        docs = stack.enter_context(self.store.open(self.entry.docs_name, self.entry.docs.bytes))
+                    line = docs.read(start, end - start)
+                except DamagedFile as error:
+                    raise self._damaged(row, f"{error.finding.file} {error.finding.what}") from error
+                parts = part("keys", row), part("codes", row), part("scales", row), part("embeddings", row)
+                checksum = part("checksums", row)
+                if row_checksum(*parts, line) != checksum:
+                    raise self._damaged(row, "its checksum does not match", line)
+                try:
+                    passage = parse_line(line)
+                except ValueError as error:
+                    raise self._damaged(row, f"its line is not a passage ({error})") from error
+                if passage.document != part("documents", row).hex():
+                    raise self._damaged(row, "it names another document", line)
+                yield Row(*parts, passage, line, checksum)
 
     def _damaged(self, row: int, what: str, line: bytes = b"") -> DamagedRow:
         """The error for one row, with its document's id as far as something still proves it."""

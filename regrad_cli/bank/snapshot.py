@@ -4,8 +4,7 @@ Knows the manifest and the readers below it; writes nothing, and no model, prior
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.bank import layout
 from regrad_cli.bank.damage import DamagedFile, Finding
+from regrad_cli.bank.makeup import figures
 from regrad_cli.bank.manifest import Counts, Manifest
 from regrad_cli.bank.store import Store
 from regrad_cli.errors import Mismatch, UsageProblem
@@ -48,17 +48,18 @@ class Rows:
 class Snapshot:
     """A bank as it was at one commit; it stays that while others write. Made by `open_bank`, used in a `with`.
 
+    store       where its files are read from
     damaged     what was skipped by calls with skip_damaged=True
     """
 
-    def __init__(self, store: Store, manifest: Manifest, fd: int | None = None) -> None:
+    def __init__(self, store: Store, manifest: Manifest, release: Callable[[], None] | None = None) -> None:
         self.path = store.path
         self.manifest = manifest
         self.number = manifest.number
         self.settings = manifest.settings
         self.damaged: list[Finding] = []
-        self._fd = fd
-        self._store = store
+        self._release = release
+        self.store = store
         self._readers: dict[int, ShardReader] = {}
 
     def __enter__(self) -> Snapshot:
@@ -70,54 +71,16 @@ class Snapshot:
         self.close()
 
     def close(self) -> None:
-        """Gives the shared lock back."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        """Gives the shared lock back, or the packed bank's file."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
 
     # ── what the manifest alone tells ────────────────────────────────────────────────────────────────────────────────
 
     def stats(self) -> dict[str, Any]:
-        """What `bank stats` prints; reads no shard. "gradients" are the shards without their embeddings; "stale" are
-        passages under a prior that the bank is leaving: all or none, for a move ends in one commit."""
-        manifest, settings, move = self.manifest, self.settings, self.manifest.move
-        embeddings = sum(shard.rows for shard in manifest.shards) * settings.embedding_dim * 2
-        shards = sum(shard.bytes for shard in manifest.shards)
-        text = sum(shard.docs.bytes for shard in manifest.shards)
-        index = manifest.index.bytes if manifest.index is not None else 0
-        counts = manifest.counts
-        own = {"gradients": shards - embeddings, "embeddings": embeddings, "text": text, "index": index}
-        own["prior"] = manifest.prior.bytes
-        if move is not None:
-            named = {name: file.bytes for name, file in manifest.files()}
-            own["moved"] = sum(named.values()) - sum(own.values())
-        return {
-            "path": str(self.path),
-            "form": self._store.form,
-            "snapshot": self.number,
-            "documents": counts.documents,
-            "passages": counts.passages,
-            "tokens": counts.tokens,
-            "stale": counts.passages if move is not None else 0,
-            "dead": counts.dead,
-            "bytes": own | {"total": sum(own.values())},
-            "bytes_per_passage": round((shards + text) / counts.passages, 1) if counts.passages else None,
-            "model": settings.model_name,
-            "prior": settings.prior_name,
-            "prior_trained": settings.prior_trained,
-            "codec": str(settings.codec),
-            "embedder": settings.embedder_name,
-            "move": None if move is None else {"prior": move.settings.prior_name, "passages": move.passages},
-            "shards": len(manifest.shards),
-            "keep_text": settings.keep_text,
-            "time": manifest.time,
-            "fingerprints": {
-                "model": settings.model,
-                "tokenizer": settings.tokenizer,
-                "prior": settings.prior,
-                "embedder": settings.embedder,
-            },
-        }
+        """What `bank stats` prints of the snapshot itself; reads no shard."""
+        return figures(self.path, self.store.form, self.manifest)
 
     def check(
         self,
@@ -152,13 +115,13 @@ class Snapshot:
         if move is None:
             return None
         made = replace(manifest, settings=move.settings, prior=move.prior, shards=move.shards, index=None, move=None)
-        return Snapshot(self._store, replace(made, counts=Counts(passages=sum(shard.rows for shard in move.shards))))
+        return Snapshot(self.store, replace(made, counts=Counts(passages=sum(shard.rows for shard in move.shards))))
 
     def prior_bytes(self) -> bytes:
         """The prior's safetensors file, proved by its name."""
         entry = self.manifest.prior
         name = layout.content_name("priors", entry.sha256)
-        with self._store.open(name, entry.bytes) as region:
+        with self.store.open(name, entry.bytes) as region:
             data = region.read(0, region.length)
         if sha256_hex(data) != entry.sha256:
             raise DamagedFile(name, "is damaged")
@@ -381,7 +344,7 @@ class Snapshot:
     def _nearest(self) -> Nearest:
         from regrad_cli.bank.nearest import Nearest
 
-        return Nearest(self._store, self.manifest, self._reader)
+        return Nearest(self.store, self.manifest, self._reader)
 
     def _reader(self, position: int) -> ShardReader:
         reader = self._readers.get(position)
@@ -390,7 +353,7 @@ class Snapshot:
 
             if not 0 <= position < len(self.manifest.shards):
                 raise IndexError(f"shard {position} of {len(self.manifest.shards)}")
-            reader = ShardReader(self._store, self.manifest.shards[position], self.settings)
+            reader = ShardReader(self.store, self.manifest.shards[position], self.settings)
             self._readers[position] = reader
         return reader
 

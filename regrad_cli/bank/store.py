@@ -48,11 +48,16 @@ class Region:
                 raise DamagedFile(self.name, f"ends after {start + done} of {self.length} bytes")
             done += count
 
-    def sha256(self) -> str:
-        """Of the whole region, a megabyte at a time."""
-        digest = hashlib.sha256()
+    def pieces(self) -> Iterator[bytes]:
+        """The whole region, a megabyte at a time."""
         for start in range(0, self.length, READ_BYTES):
-            digest.update(self.read(start, min(READ_BYTES, self.length - start)))
+            yield self.read(start, min(READ_BYTES, self.length - start))
+
+    def sha256(self) -> str:
+        """Of the whole region."""
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            digest.update(piece)
         return digest.hexdigest()
 
 

@@ -2,7 +2,8 @@
 rules 2 and 3) and the writer's lock; not where rows come from.
 
 The order of a commit: every file written in tmp/, synced, renamed to its content's name; their folders synced; the
-manifest written in tmp/, synced, linked under the next number; its folder synced. The link is the commit.
+manifest written in tmp/ twice, synced, one of them named as its copy, the other linked under the next number; their
+folder synced. The link is the commit.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from regrad_cli.bank import cleanup, files, index, layout
+from regrad_cli.bank.building import build_shard
+from regrad_cli.bank.commit import link_manifest
 from regrad_cli.bank.create import TOOL, now
 from regrad_cli.bank.locks import hold_lock
 from regrad_cli.bank.manifest import MANIFEST_LIMIT, SHARD_ROWS, Counts, Manifest, ShardEntry
 from regrad_cli.bank.opening import check_format, newest_manifest
-from regrad_cli.bank.shards import ShardReader, build_shard
+from regrad_cli.bank.shards import ShardReader
 from regrad_cli.bank.snapshot import Snapshot
 from regrad_cli.bank.store import Folder
 from regrad_cli.errors import Locked, NonFinite, StorageFailed
@@ -33,6 +36,12 @@ from regrad_cli.records import BankSettings, Passage, RowRef
 
 SHARD_BYTES = 256 << 20  # a commit's rows are cut into shards no larger than this, nor longer than SHARD_ROWS
 _DOCUMENT = re.compile(r"[0-9a-f]{16}\Z")
+
+
+def rows_a_shard(settings: BankSettings) -> int:
+    """Most rows that one shard may have."""
+    row_bytes = settings.code_bytes + 2 * (settings.scale_count + settings.embedding_dim)
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
 
 
 def write_bank(path: Path, *, wait_s: float = 0.0) -> Writer:
@@ -193,20 +202,25 @@ class Writer:
         codes, scales = np.concatenate(self._codes), np.concatenate(self._scales)
         embeddings = np.concatenate(self._embeddings)
         settings = self._row_settings
-        row_bytes = settings.code_bytes + 2 * (settings.scale_count + settings.embedding_dim)
-        most_rows = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
+        most_rows = rows_a_shard(settings)
         for start in range(0, len(self._passages), most_rows):
             part = slice(start, start + most_rows)
             data, docs, entry = build_shard(
                 settings, self._passages[part], self._keys[part], codes[part], scales[part], embeddings[part]
             )
-            for name, content in ((entry.docs_name, docs), (entry.name, data)):
-                files.publish(files.write_temporary(self.path / "tmp", [content]), self.path / name)
+            self._write_shard(entry, data, docs)
             known = [position for position, shard in enumerate(shards) if shard.sha256 == entry.sha256]
             if known:  # the very rows of an old shard, added again: it lives again instead of being named twice
                 shards[known[0]] = entry
             else:
                 shards.append(entry)
+        self._sync_shards()
+
+    def _write_shard(self, entry: ShardEntry, data: list[Any], docs: bytes) -> None:
+        for name, parts in ((entry.docs_name, [docs]), (entry.name, data)):
+            files.publish(files.write_temporary(self.path / "tmp", parts), self.path / name)
+
+    def _sync_shards(self) -> None:
         for folder in ("docs", "shards"):
             files.sync_folder(self.path / folder)
 
@@ -227,12 +241,11 @@ class Writer:
                 "the bank has too many shards for one manifest", "ingest more documents at a time into a new bank"
             )
         with files.storage("write to the bank"):
-            temporary = files.write_temporary(self.path / "tmp", [data])
             # From the link until the folder is synced nobody can say which snapshot survives a power cut; a writer that
             # is stopped in between (a disk error, Ctrl-C) does not go on.
             self._broken = True
             try:
-                files.publish_once(temporary, self.path / manifest.name)
+                link_manifest(self.path, manifest)
             except FileExistsError as error:
                 raise Locked(
                     f"another process took snapshot {manifest.number}", "run the same command again: its work is kept"

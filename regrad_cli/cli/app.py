@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from regrad_cli import __version__
-from regrad_cli.cli import adapter, ask, bank, learning, machine, measure, work
+from regrad_cli.cli import adapter, ask, bank, learning, machine, measure, mending, packing, upkeep, work
 from regrad_cli.cli.call import (
     EXIT_CLOSED_PIPE,
     Bank,
@@ -93,7 +93,12 @@ ask.register(app)
 adapter.register(app)
 learning.register(app)
 measure.register(app)
-_add_group("bank", bank.group, "Look after a bank: stats, ls, show, rm, log, verify.", "Look after it")
+upkeep.register(app)
+mending.register(bank.group)
+packing.register(bank.group)
+_add_group(
+    "bank", bank.group, "Look after a bank: stats, ls, show, rm, log, verify, repair, pack, unpack.", "Look after it"
+)
 _add_group("model", machine.models, "Fetch models, and list what is there.", "This machine")
 _add_group("config", machine.settings, "Show which settings are in force, and where each came from.", "This machine")
 machine.register(app)

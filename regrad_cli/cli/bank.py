@@ -1,16 +1,13 @@
-"""`regrad bank …`: stats, ls, show, rm, log, verify. Parse, ask the bank, render; torch is never imported here."""
+"""`regrad bank …`: stats, ls, show, rm, log. Parse, ask the bank, render; torch is never imported here."""
 
-from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from regrad_cli.cli import views
+from regrad_cli.cli import overview, views
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, Wait, Yes, command
-from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, Damaged, UsageProblem
-from regrad_cli.records import Progress
+from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UsageProblem
 from regrad_cli.shown import count, visible_line
 
 group = typer.Typer(rich_markup_mode=None)
@@ -21,10 +18,10 @@ NAMED_DOCUMENTS = 5  # documents that are named in the question before removal; 
 @command(group, "stats", bank=True)
 def stats(call: Call, snapshot: Snapshot = None) -> int:
     """Count documents, passages and bytes, and tell what the bank was made with."""
-    from regrad_cli.bank import open_bank
+    from regrad_cli.bank import beside, open_bank
 
     with open_bank(call.bank_path(), snapshot) as opened:
-        views.stats(call.terminal, opened.stats())
+        overview.stats(call.terminal, opened.stats(), beside(opened))
     return EXIT_DONE
 
 
@@ -99,10 +96,14 @@ def rm(
     yes: Yes = False,
     wait: Wait = 0.0,
 ) -> int:
-    """Remove documents from the bank. Their files are not touched."""
-    from regrad_cli.bank import remove_documents
+    """Remove documents from the bank. Their files are not touched.
+
+    What was removed is found no more, but stays on the disk until `regrad compact`.
+    """
+    from regrad_cli.bank import check_format, remove_documents
 
     path = call.bank_path()
+    check_format(path)  # a packed bank is refused before anybody is asked
     if not yes and not _agreed(call, path, ids):
         call.terminal.notice("nothing was removed")
         return EXIT_INTERRUPTED
@@ -130,31 +131,3 @@ def log(call: Call) -> int:
 
     views.log(call.terminal, bank.log(call.bank_path()))
     return EXIT_DONE
-
-
-@command(group, "verify", bank=True)
-def verify(call: Call) -> int:
-    """Read every file and check every checksum.
-
-    Exit code 14 where something is damaged; each finding is named.
-    """
-    from regrad_cli import bank
-
-    def report(done_bytes: int, total_bytes: int) -> None:
-        call.terminal.progress(Progress("verifying (MB)", done_bytes // 10**6, max(1, total_bytes // 10**6)))
-
-    path = call.bank_path()
-    findings = [asdict(finding) for finding in bank.verify(path, report)]
-    damage = [finding for finding in findings if not finding["note"]]
-    views.verified(call.terminal, path, findings, bool(damage))
-    if not damage:
-        return EXIT_DONE
-    documents = sorted(set(chain.from_iterable(finding["documents"] for finding in damage)))
-    touched = f", of {count(len(documents), 'document')}" if documents else ""
-    return call.terminal.error(
-        Damaged(
-            f"{path}: {count(len(damage), 'finding')}{touched}",
-            "--skip-damaged answers from the rest; --snapshot N reads an older snapshot; "
-            "ingesting into a new bank makes everything anew",
-        )
-    )

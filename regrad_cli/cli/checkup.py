@@ -145,6 +145,7 @@ def _bank(call: Call, problems: list[str]) -> dict[str, Any]:
         problems.append("the bank's prior is untrained: answers will be poor until one is learned")
     return {
         "path": str(path),
+        "form": stats["form"],
         "snapshot": stats["snapshot"],
         "documents": stats["documents"],
         "passages": stats["passages"],

@@ -130,40 +130,6 @@ def passages_used(terminal: Terminal, result: Answer) -> None:
         terminal.parts((f"  {number}. ",), (used.title or used.source, "cyan"), (tail, "dim"))
 
 
-def stats(terminal: Terminal, values: Mapping[str, Any]) -> None:
-    """A bank in figures."""
-    if terminal.json:
-        terminal.document(values)
-        return
-    total = values["bytes"]["total"]
-    terminal.parts((str(values["path"]), "bold"), (f"  {values['form']}, snapshot {values['snapshot']}", "dim"))
-    parts = [count(values["documents"], "document"), count(values["passages"], "passage"), size(total)]
-    if values.get("bytes_per_passage"):
-        parts.append(f"{size(values['bytes_per_passage'])} a passage")
-    terminal.text(", ".join(parts))
-    dead = values.get("dead") or 0
-    if dead:
-        terminal.text(f"{count(dead, 'removed passage')} still on disk", "dim")
-    move = values.get("move")
-    if move:
-        done = f"{move['passages']:,} of {count(values['passages'], 'passage')} computed"
-        terminal.parts((f"on the way to prior {move['prior']}: {done}; `regrad ingest --stale` goes on", "dim"))
-    kinds = [(name, amount) for name, amount in values["bytes"].items() if name != "total"]
-    terminal.bars([(name, amount, size(amount)) for name, amount in kinds])
-    for name in ("model", "prior", "codec", "embedder"):
-        terminal.parts((f"  {name:<9} ", "dim"), (_named(values.get(name)),))
-
-
-def _named(value: Any) -> str:
-    """A part of a bank's identity, a plain value or one with a name and a fingerprint."""
-    if isinstance(value, Mapping):
-        name = value.get("name") or value.get("kind") or ""
-        print_ = str(value.get("fingerprint") or value.get("sha256") or "")[:12]
-        rest = [f"{key} {item}" for key, item in value.items() if key not in ("name", "fingerprint", "sha256")]
-        return "  ".join(part for part in (str(name), print_, ", ".join(rest)) if part)
-    return "" if value is None else str(value)
-
-
 def documents(terminal: Terminal, found: Iterable[Mapping[str, Any]]) -> None:
     """Documents of a bank, a line each."""
     if terminal.json:
@@ -264,20 +230,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     return "" if value is None else str(value)
-
-
-def verified(terminal: Terminal, path: Path, findings: Sequence[Mapping[str, Any]], is_damaged: bool) -> None:
-    """What is wrong with a bank, or that nothing is."""
-    if terminal.json:
-        terminal.document({"path": str(path), "ok": not is_damaged, "findings": list(findings)})
-        return
-    for finding in findings:
-        documents = f"  (document {', '.join(finding['documents'])})" if finding["documents"] else ""
-        note = "  (harmless)" if finding["note"] else ""
-        style = "dim" if finding["note"] else "red"
-        terminal.parts((finding["file"], style), (f": {finding['what']}{documents}{note}",))
-    if not is_damaged:
-        terminal.parts((f"{path} is sound: every file and every row is what its checksum says",))
 
 
 def models(terminal: Terminal, found: Sequence[Mapping[str, Any]]) -> None:

@@ -12,8 +12,8 @@ from regrad_cli.cli import views
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, Wait, command
 from regrad_cli.cli.stale import ingest_stale, refuse_together
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
+from regrad_cli.questions import Line, read_questions
 from regrad_cli.records import BankSettings, DocumentDone, IngestSummary
-from regrad_cli.render import Line
 from regrad_cli.settings import SEARCHES
 
 SECTION = "Documents and answers"
@@ -236,20 +236,20 @@ def query(
         "search": call.value("search", search),
     }
     bank = call.bank_path()
-    from regrad_cli import answer
+    from regrad_cli import finding
 
     if not many:
-        hits = answer.query(bank, question, **options, **kept)
+        hits = finding.query(bank, question, **options, **kept)
         views.hits(call.terminal, question, hits)
         return EXIT_DONE
     problems = 0
     with ExitStack() as stack:
         finder: Any = None
-        for line in call.terminal.questions():
+        for line in read_questions(call.terminal.input):
             if line.problem:
                 problems += problem(call, line)
                 continue
-            finder = finder or stack.enter_context(answer.Finder(bank, **kept))
+            finder = finder or stack.enter_context(finding.Finder(bank, **kept))
             views.hits(call.terminal, line.question, finder.query(line.question, **options), number=line.number)
     return EXIT_PARTIAL if problems else EXIT_DONE
 

@@ -231,9 +231,11 @@ def test_promise_02_everything_is_durable_before_the_commit_names_it(
     calls = calls[:end]
     commit = "link" if links else "rename"
     names = dict(path.split(" ") for step, path in calls if step in ("rename", "link"))  # temporary → final
-    (manifest,) = [temporary for temporary, target in names.items() if target.startswith("snapshots/")]
-    assert sorted(target.split("/")[0] for target in names.values()) == ["docs", "shards", "snapshots"]
+    assert sorted(target.split("/")[0] for target in names.values()) == ["docs", "shards", "snapshots", "snapshots"]
+    (manifest,) = [temporary for temporary, target in names.items() if target.endswith(".json")]
+    (copy,) = [temporary for temporary, target in names.items() if target.endswith(".copy")]
     linked = calls.index((commit, f"{manifest} {names[manifest]}"))
+    assert calls.index(("fsync", manifest)) < calls.index(("rename", f"{copy} {names[copy]}")) < linked
     for temporary, target in names.items():
         writes = [place for place, call in enumerate(calls) if call == ("write", temporary)]
         synced = calls.index(("fsync", temporary))
@@ -243,7 +245,7 @@ def test_promise_02_everything_is_durable_before_the_commit_names_it(
             place for place, call in enumerate(calls) if call == ("fsync folder", folder) and place > named
         ]
         assert max(writes) < synced < named < folder_synced[0]
-        if temporary != manifest:
+        if temporary not in (manifest, copy):
             assert folder_synced[0] < calls.index(("write", manifest)) < linked
     assert max(place for place, (step, _) in enumerate(calls) if step.startswith("fsync")) > linked
 
@@ -292,10 +294,12 @@ def test_promise_06_leftovers_in_every_folder_are_harmless_and_go(start: Path, t
     (bank / "tmp" / "folder").mkdir()
     (bank / "tmp" / "folder" / "x").write_bytes(b"half")
     (bank / "snapshots" / "00000003.claim").touch()
+    (bank / "snapshots" / "00000003.copy").write_bytes(b"half")  # as what lies in tmp/: a commit that never was
+    (bank / "snapshots" / "00000000.copy").write_bytes(b"of one that went")
     (bank / "shards" / "notes of a stranger.txt").write_text("stays")
     assert content(bank) == before
     findings = list(verify(bank))
-    assert len(findings) == 6 and all(finding.note for finding in findings)
+    assert len(findings) == 8 and all(finding.note for finding in findings)
     with write_bank(bank):
         pass
     assert set(tree(bank)) == files_before | {"shards/notes of a stranger.txt"}
@@ -340,12 +344,12 @@ def test_promise_06_a_killed_ingest_leaves_no_snapshot_behind_for_long(start: Pa
             writer.add(*rows(source, 1))
             writer.commit("ingest")
     assert [path.name for path in sorted((bank / "snapshots").iterdir())] == [
-        f"0000000{number}.json" for number in (1, 2, 4, 5)
+        f"0000000{number}.{kind}" for number in (1, 2, 4, 5) for kind in ("copy", "json")
     ]
     with write_bank(bank):
         pass
     assert [path.name for path in sorted((bank / "snapshots").iterdir())] == [
-        f"0000000{number}.json" for number in (1, 2, 5)
+        f"0000000{number}.{kind}" for number in (1, 2, 5) for kind in ("copy", "json")
     ]
 
 
@@ -521,9 +525,10 @@ def test_a_snapshot_that_another_process_took_is_not_overwritten(start: Path, tm
     with write_bank(bank) as writer:
         theirs = bank / "snapshots" / f"{writer.snapshot.number + 1:08d}.json"
         theirs.write_bytes(b"theirs")
+        theirs.with_suffix(".copy").write_bytes(b"theirs")
         writer.add(*rows("b.md", 2))
         with pytest.raises(Locked):
             writer.commit("ingest")
-        assert theirs.read_bytes() == b"theirs"
+        assert theirs.read_bytes() == theirs.with_suffix(".copy").read_bytes() == b"theirs"
         with pytest.raises(StorageFailed):
             writer.commit("ingest")

@@ -255,7 +255,8 @@ def named(bank: Path) -> set[str]:
     found = {layout.FORMAT_FILE, ".gitignore"}
     for number in layout.snapshot_numbers(bank):
         with open_bank(bank, number) as snapshot:
-            found |= {snapshot.manifest.name, *(name for name, _ in snapshot.manifest.files())}
+            found |= {snapshot.manifest.name, layout.copy_name(number)}
+            found |= {name for name, _ in snapshot.manifest.files()}
     return found
 
 

@@ -1,0 +1,38 @@
+"""The commit of a snapshot: its manifest gets a copy and then its name. Knows the order of the calls; not what a
+manifest says.
+
+A copy is the same bytes in a second file, so that damage in the newest manifest costs nothing. No reader looks at it,
+and linking the manifest stays the one step that commits.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from regrad_cli.bank import files, layout
+from regrad_cli.bank.manifest import Manifest
+
+
+def link_manifest(bank: Path, manifest: Manifest) -> None:
+    """Gives a manifest its name, and its copy before that. The caller syncs snapshots/, which makes both durable.
+
+    The manifest lies in tmp/ before its copy is named and until it is linked. So what a crash left is told from a loss:
+    a copy without its manifest is the first if tmp/ has the same bytes (`lost_snapshot` in opening.py).
+
+    raises  FileExistsError if the number is taken, OSError; neither leaves a copy behind
+    """
+    data = manifest.to_bytes()[0]
+    target, copy = bank / manifest.name, bank / layout.copy_name(manifest.number)
+    temporary = files.write_temporary(bank / "tmp", [data])
+    try:
+        if target.exists():  # before another writer's copy is overwritten
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        files.publish(files.write_temporary(bank / "tmp", [data]), copy)
+        files.publish_once(temporary, target)
+    except BaseException:
+        if not target.exists():
+            files.discard(copy)
+        files.discard(temporary)
+        raise
