@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from regrad_cli.bank.files import storage
 from regrad_cli.errors import NoBank
 
 FORMAT_FILE = "FORMAT"
@@ -72,7 +73,7 @@ def looks_like_a_bank(path: Path) -> bool:
 def locate_bank(explicit: str | Path | None, start: Path) -> Path:
     """The bank that is meant: the one named, or the nearest `.gbank/` in `start` or a parent, as git finds `.git`.
 
-    raises  NoBank with the way out
+    raises  NoBank with the way out; StorageFailed for one that may not be entered
     """
     if explicit is not None:
         path = Path(explicit).expanduser()
@@ -83,8 +84,9 @@ def locate_bank(explicit: str | Path | None, start: Path) -> Path:
                 raise NoBank(f"{path} is not a bank", f"it holds one: --bank {path / BANK_FOLDER}")
         raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
     for folder in (start, *start.resolve().parents):
-        if looks_like_a_bank(folder / BANK_FOLDER):
-            return folder / BANK_FOLDER
+        with storage("look for a bank"):  # one that may not be entered is not passed over for one further up
+            if looks_like_a_bank(folder / BANK_FOLDER):
+                return folder / BANK_FOLDER
     raise NoBank(
         f"there is no bank in {start} or a folder above it",
         "`regrad init` makes one here; --bank PATH or REGRAD_BANK names another",

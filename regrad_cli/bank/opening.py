@@ -24,7 +24,7 @@ def open_bank(path: Path, snapshot: int | None = None) -> Snapshot:
 
     raises  NoBank, DamagedFile, UnknownFormat; UsageProblem for a number there is not
     """
-    if path.is_file():
+    if _is_file(path):
         packed = Packed(path)
         if snapshot not in (None, packed.manifest.number):
             packed.close()
@@ -42,13 +42,19 @@ def open_bank(path: Path, snapshot: int | None = None) -> Snapshot:
         os.close(fd)
 
 
+def _is_file(path: Path) -> bool:
+    """raises StorageFailed where a folder on the way to it may not be entered"""
+    with files.storage("open the bank"):
+        return path.is_file()
+
+
 def check_format(path: Path) -> None:
     """Looks whether a live bank is there, which can be written to.
 
     raises  NoBank where there is none, UnknownFormat where FORMAT tells of another, DamagedFile where it is broken;
             UsageProblem for a packed one
     """
-    if path.is_file():
+    if _is_file(path):
         with Packed(path):
             raise UsageProblem(
                 f"{path} is packed and cannot be written to",

@@ -43,6 +43,7 @@ from regrad_cli.bank import (
     write_bank,
 )
 from regrad_cli.bank.damage import DamagedFile
+from regrad_cli.bank.layout import BANK_FOLDER, locate_bank
 from regrad_cli.bank.manifest import MANIFEST_LIMIT
 from regrad_cli.bank.packed import BLOCK, END, SIZE_LIMIT, Packed, header, members, padding
 from regrad_cli.errors import Damaged, NoBank, RegradError, StorageFailed, UnknownFormat, UsageProblem
@@ -1140,12 +1141,17 @@ def test_progress_tells_bytes_and_ends_at_all_of_them(whole: Path, packed: Path,
 def test_a_packed_bank_one_may_not_read_is_told_so(packed: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(packed, tmp_path / "x.gbank"))
     file.chmod(0)
+    (tmp_path / "closed" / BANK_FOLDER).mkdir(parents=True, mode=0o700)
+    (tmp_path / "closed" / BANK_FOLDER).chmod(0)
     user = os.geteuid()
     if user == 0:  # root may read everything
         os.seteuid(65534)
     try:
         with pytest.raises(StorageFailed):
             open_bank(file)
+        closed = tmp_path / "closed" / BANK_FOLDER
+        with pytest.raises(StorageFailed, match="look for a bank"):
+            locate_bank(None, closed.parent)
     finally:
         os.seteuid(user)
 
