@@ -147,17 +147,15 @@ def drawn(
     place: Bench, options: Options, model: Model, tasks: Sequence[Task], steps: int, batch: int = BATCH
 ) -> list[list[Episode]]:
     """The episodes of every step, as `meta-train` draws them: strangers among the passages, some of them shown."""
-    import numpy as np
-
     from regrad_cli.embed import load_embedder
-    from regrad_cli.episodes import EpisodeRules, Episodes, Nearest
+    from regrad_cli.episodes import EpisodeRules, Episodes, Vectors
     from regrad_cli.learn.prior import Prior
 
     embedder = load_embedder(place.embedder_folder, device=options.device)
-    vectors = np.concatenate([embedder.encode(list(task.embedding_texts)) for task in tasks])
     rule = Prior({}, {}, {"weights": "softmax", "temperature": TEMPERATURE})
-    nearest = Nearest(tasks, vectors, embedder.encode)
-    made = Episodes(model, tasks, EpisodeRules(k=K), rule.weights_for, seed=0, nearest=nearest)
+    vectors = Vectors(embedder.encode)
+    made = Episodes(model, tasks, EpisodeRules(k=K), rule.weights_for, seed=0, vectors=vectors)
+    vectors.add(made.texts_to_embed(tasks))
     found: list[list[Episode]] = []
     for step in range(steps):
         usable = [each for each in made.at(step, batch) if not isinstance(each, str)]  # of a small model, not all
@@ -190,19 +188,18 @@ def gradient(model: Model, theta: Mapping[str, Any], logs: Mapping[str, float], 
 
     usual = network.config._attn_implementation
     network.set_attn_implementation("eager")  # fused attention has no second derivative
-    adapted: Tensors = dict(leaves)
-    for ids, weight in zip(episode.passages, episode.weights, strict=True):
+    inner = []
+    for ids in episode.passages:
         loss = F.cross_entropy(logits(ids, leaves)[:-1], torch.tensor(ids[1:], device=device))
-        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        for name, value in zip(leaves, found, strict=True):
-            adapted[name] = adapted[name] - log[name].exp() * weight * value
-    losses = [
-        F.cross_entropy(
-            logits(asked.ids, adapted)[asked.start - 1 : len(asked.ids) - 1],
-            torch.tensor(asked.ids[asked.start :], device=device),
-        )
-        for asked in episode.questions
-    ]
+        inner.append(torch.autograd.grad(loss, list(leaves.values()), create_graph=True))
+    losses = []
+    for asked in episode.questions:
+        adapted: Tensors = dict(leaves)
+        for weight, found in zip(asked.weights, inner, strict=True):
+            for name, value in zip(leaves, found, strict=True):
+                adapted[name] = adapted[name] - log[name].exp() * weight * value
+        wanted = torch.tensor(asked.ids[asked.start :], device=device)
+        losses.append(F.cross_entropy(logits(asked.ids, adapted)[asked.start - 1 : len(asked.ids) - 1], wanted))
     total = torch.stack(losses).mean()
     found = torch.autograd.grad(total, [*leaves.values(), *log.values()], materialize_grads=True)
     network.set_attn_implementation(usual)

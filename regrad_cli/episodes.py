@@ -1,4 +1,5 @@
-"""Tasks → episodes of training: which questions, which strangers, with or without passages shown. Knows no gradient.
+"""Tasks → episodes of training: which questions, which strangers, what each question weighs its passages' segments by,
+with or without passages shown. Knows no gradient.
 
 Every choice follows from the seed, the step and the place in it, so a run that goes on chooses what it would have.
 """
@@ -6,12 +7,14 @@ Every choice follows from the seed, the step and the place in it, so a run that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.records import Skipped, training_text
+from regrad_cli.records import Skipped, embedding_text, training_text
+from regrad_cli.segments import segments
 from regrad_cli.tasks import Task
 
 if TYPE_CHECKING:
@@ -19,10 +22,12 @@ if TYPE_CHECKING:
 
     from regrad_cli.learn.meta import Episode, Prompted
     from regrad_cli.learn.model import Model
+    from regrad_cli.passages import TokenSpans
 
 OBJECTIVES = ("regrad", "direct", "rag")
-LEAST_WEIGHT = 0.03  # a stranger's gradient with less changes nothing, and would cost as much as any
+LEAST_WEIGHT = 0.03  # a gradient with less changes nothing, and would cost as much as any
 WeightsFor = Callable[[Sequence[float]], list[float]]
+Place = tuple[int, int]  # a task, and one of its passages
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class EpisodeRules:
     mix_context     share of episodes in which one question also sees the passages
     strangers       share of episodes in which other tasks' passages, the nearest to the question, are in the sum
     k               passages in the sum, then
+    segments        a passage is cut into at most so many, each with a gradient of its own
     questions       at most so many of a task's in one episode
     passage_tokens  a longer passage is cut, as ingest would cut it
     """
@@ -41,42 +47,45 @@ class EpisodeRules:
     mix_context: float = 0.25
     strangers: float = 0.4
     k: int = 3
+    segments: int = 1
     questions: int = 4
     passage_tokens: int = 512
 
 
-class Nearest:
-    """Which passages of all tasks lie nearest to a question.
+class Vectors:
+    """Unit vectors (d,) of texts, each embedded once. `encode` gives (n, d) for n texts."""
 
-    vectors     (n, d) unit vectors of all tasks' `embedding_texts`, in order; `encode` gives such for questions
-    """
-
-    def __init__(
-        self, tasks: Sequence[Task], vectors: np.ndarray, encode: Callable[[Sequence[str]], np.ndarray]
-    ) -> None:
+    def __init__(self, encode: Callable[[Sequence[str]], np.ndarray]) -> None:
         self._encode = encode
-        self._places = [(place, i) for place, task in enumerate(tasks) for i in range(len(task.passages))]
-        self._vectors = vectors
+        self._known: dict[str, np.ndarray] = {}
 
-    def __call__(self, question: str, own: int, k: int) -> tuple[list[float], list[tuple[float, int, int]]]:
-        """Scores of the own task's passages, and (score, task, passage) of the k nearest of other tasks."""
+    def add(self, texts: Sequence[str]) -> None:
+        """Embeds those that are new, together."""
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if fresh:
+            self._known.update(zip(fresh, self._encode(fresh), strict=True))
+
+    def of(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, d)"""
+        import numpy as np
+
+        self.add(texts)
+        return np.stack([self._known[text] for text in texts])
+
+    def scores(self, question: str, vectors: np.ndarray) -> np.ndarray:
+        """How well each of (n, d) fits the question, (n,) float64."""
         import numpy as np
 
         # Not by a matrix product: its last bits, and with them the weights, would depend on the number of threads.
-        scores = np.einsum("nd,d->n", self._vectors, self._encode([question])[0], dtype=np.float64)
-        mine = [float(score) for score, (place, _) in zip(scores, self._places, strict=True) if place == own]
-        others = []
-        for position in (-scores).argsort(kind="stable"):
-            place, passage = self._places[position]
-            if place != own:
-                others.append((float(scores[position]), place, passage))
-            if len(others) >= k:
-                break
-        return mine, others
+        return np.einsum("nd,d->n", vectors, self.of([question])[0], dtype=np.float64)
 
 
 class Episodes:
-    """The episodes of every step of a run, and those of validation."""
+    """The episodes of every step of a run, and those of validation.
+
+    token_spans  text → (start, end) characters of each token, to cut passages by; needed where segments are more than 1
+    vectors      what passages are found and weighed by; None: no strangers, and all passages weigh the same
+    """
 
     def __init__(
         self,
@@ -86,15 +95,25 @@ class Episodes:
         weights_for: WeightsFor,
         *,
         seed: int,
-        nearest: Nearest | None = None,
+        token_spans: TokenSpans | None = None,
+        vectors: Vectors | None = None,
     ) -> None:
         self._model = model
         self._tasks = tasks
         self._rules = rules
         self._weights_for = weights_for
         self._seed = seed
-        self._nearest = nearest
+        self._spans = token_spans
+        self._vectors = vectors
         self._order: dict[int, list[int]] = {}
+        self._places = [(number, place) for number, task in enumerate(tasks) for place in range(len(task.passages))]
+        self._all: np.ndarray | None = None
+
+    def texts_to_embed(self, tasks: Sequence[Task]) -> list[str]:
+        """What `vectors` will be asked for, questions aside."""
+        passages = [text for task in self._tasks for text in task.embedding_texts] if self._rules.strangers else []
+        parts = [part for task in tasks for place in range(len(task.passages)) for part in self._parts(task, place)]
+        return list(dict.fromkeys([*passages, *(text for _, text in parts)]))
 
     def at(self, step: int, batch: int) -> list[Episode | str]:
         """The episodes of one step; a task that cannot be one is its name and the reason instead."""
@@ -123,32 +142,62 @@ class Episodes:
         questions = list(task.questions)
         draw.shuffle(questions)
         questions = questions[: rules.questions]
-        texts = list(task.training_texts)
-        scores = [0.0] * len(texts)
-        if rules.k > len(texts) and draw.random() < rules.strangers and self._nearest is not None:
-            scores, others = self._nearest(questions[0].question, number, rules.k - len(texts))
-            for score, other, passage in others:
-                texts.append(training_text(self._tasks[other].title, self._tasks[other].passages[passage]))
-                scores.append(score)
+        chosen = [(task, place) for place in range(len(task.passages))]
+        if rules.k > len(chosen) and draw.random() < rules.strangers and self._vectors is not None:
+            nearest = self._nearest(questions[0].question, number, rules.k - len(chosen))
+            chosen += [(self._tasks[other], place) for other, place in nearest]
         shown = [False] * len(questions)
         if rules.objective == "rag":
             shown = [True] * len(questions)
         elif rules.objective == "regrad" and draw.random() < rules.mix_context:
             shown[0] = True
-        in_prompt = list(texts)
+        in_prompt = [training_text(one.title, one.passages[place]) for one, place in chosen]
         draw.shuffle(in_prompt)
-        prompted = tuple(
+        prompted = [
             self.prompted(question.question, question.answers[0], in_prompt if show else ())
             for question, show in zip(questions, shown, strict=True)
-        )
+        ]
         if rules.objective != "regrad":
-            return Episode(task.id, (), (), prompted)
-        weights = self._weights_for(scores)
-        least = min(LEAST_WEIGHT, max(weights))  # of very many passages each has less
-        kept = [(text, weight) for text, weight in zip(texts, weights, strict=True) if weight >= least]
-        return Episode(
-            task.id, tuple(self.passage(text) for text, _ in kept), tuple(weight for _, weight in kept), prompted
-        )
+            return Episode(task.id, (), tuple(prompted))
+        parts = [part for one, place in chosen for part in self._parts(one, place)]
+        return self._weighed(task.id, parts, [question.question for question in questions], prompted)
+
+    def _weighed(
+        self, name: str, parts: Sequence[tuple[str, str]], questions: Sequence[str], prompted: Sequence[Prompted]
+    ) -> Episode:
+        """An episode of these segments, each question with its own weights; what hardly weighs in any is left out."""
+        from regrad_cli.learn.meta import Episode
+
+        weights = [self._weights_of(question, parts) for question in questions]
+        least = min(LEAST_WEIGHT, *map(max, weights))  # of very many passages each has less
+        kept = [place for place in range(len(parts)) if max(row[place] for row in weights) >= least]
+        asked = [
+            replace(prompt, weights=tuple(row[place] for place in kept))
+            for prompt, row in zip(prompted, weights, strict=True)
+        ]
+        return Episode(name, tuple(self.passage(parts[place][0]) for place in kept), tuple(asked))
+
+    def _parts(self, task: Task, place: int) -> list[tuple[str, str]]:
+        """A passage's segments: the text that each one's gradient is taken on, and the text that is embedded."""
+        cut: tuple[str, ...] = (task.passages[place],)
+        if self._rules.segments > 1 and self._spans is not None:
+            cut = segments(task.passages[place], self._spans, self._rules.segments)
+        return [(training_text(task.title, text), embedding_text(task.title, text)) for text in cut]
+
+    def _weights_of(self, question: str, parts: Sequence[tuple[str, str]]) -> list[float]:
+        if self._vectors is None or len(parts) == 1:
+            return self._weights_for([0.0] * len(parts))
+        vectors = self._vectors.of([text for _, text in parts])
+        return self._weights_for(self._vectors.scores(question, vectors).tolist())
+
+    def _nearest(self, question: str, own: int, k: int) -> list[Place]:
+        """The k passages of other tasks that fit the question best."""
+        assert self._vectors is not None
+        if self._all is None:
+            self._all = self._vectors.of([text for task in self._tasks for text in task.embedding_texts])
+        order = (-self._vectors.scores(question, self._all)).argsort(kind="stable")
+        others = (self._places[position] for position in order if self._places[position][0] != own)
+        return list(islice(others, k))
 
     def passage(self, text: str) -> tuple[int, ...]:
         """A passage's tokens. raises UsageProblem where they are too few for a next-token loss"""
@@ -195,24 +244,27 @@ class Episodes:
             try:
                 blind = self.prompted(asked.question, asked.answers[0], ())
                 shown = self.prompted(asked.question, asked.answers[0], task.training_texts)
-                usable.append((task, tuple(self.passage(text) for text in task.training_texts), blind, shown))
+                parts = [part for place in range(len(task.passages)) for part in self._parts(task, place)]
+                own = self._weighed(task.id, parts, [asked.question], [blind])
+                usable.append((task, own, blind, shown))
             except UsageProblem as problem:
                 problems.append(Skipped(task.id, str(problem)))
         objective = self._rules.objective
         if objective != "regrad":
             asked_as = [(task, blind if objective == "direct" else shown) for task, _, blind, shown in usable]
-            return {objective: [Episode(task.id, (), (), (prompt,)) for task, prompt in asked_as]}, problems
+            return {objective: [Episode(task.id, (), (prompt,)) for task, prompt in asked_as]}, problems
         kinds: dict[str, list[Episode]] = {
-            "prior": [Episode(task.id, (), (), (blind,)) for task, _, blind, _ in usable],
-            "own": [],
+            "prior": [Episode(task.id, (), (blind,)) for task, _, blind, _ in usable],
+            "own": [own for _, own, _, _ in usable],
             "other": [],
             "shown": [],
         }
-        for place, (task, passages, blind, shown) in enumerate(usable):
-            weights = tuple(self._weights_for([0.0] * len(passages)))
+        for place, (task, own, blind, shown) in enumerate(usable):
             strange = usable[(place + 1) % len(usable)][1]
-            other_weights = tuple(self._weights_for([0.0] * len(strange)))
-            kinds["own"].append(Episode(task.id, passages, weights, (blind,)))
-            kinds["other"].append(Episode(task.id, strange, other_weights, (blind,)))
-            kinds["shown"].append(Episode(task.id, passages, weights, (shown,)))
+            kinds["other"].append(Episode(task.id, strange.passages, (replace(blind, weights=_weights(strange)),)))
+            kinds["shown"].append(Episode(task.id, own.passages, (replace(shown, weights=_weights(own)),)))
         return kinds, problems
+
+
+def _weights(episode: Episode) -> tuple[float, ...]:
+    return episode.questions[0].weights

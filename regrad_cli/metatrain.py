@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.characters import printable_name
 from regrad_cli.engine import SHIPPED, narrated, shipped_prior
-from regrad_cli.episodes import Episodes, Nearest
+from regrad_cli.episodes import Episodes, Vectors
 from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
@@ -126,10 +126,7 @@ class _Run:
             step_rate=options.step_rate if options.objective == "regrad" else 0.0,
         )
         yield from self._resumed(training, kept)
-        nearest = yield from self._neighbours() if options.rules.strangers and options.k > 1 else _nothing()
-        episodes = Episodes(
-            model, self.tasks, options.rules, self._rule(start).weights_for, seed=options.seed, nearest=nearest
-        )
+        episodes = yield from self._episodes(model, start)
         kinds, problems = episodes.for_validation(self.dev)
         yield from problems
         self.skipped += [f"{problem.source}: {problem.reason}" for problem in problems]
@@ -183,7 +180,13 @@ class _Run:
     def _rule(self, start: Prior) -> Prior:
         """The start with the rule for w and k that this run trains for."""
         options = self.options
-        rule = {"k": options.k, "weights": "softmax", "temperature": options.temperature, "gamma": 1.0}
+        rule = {
+            "k": options.k,
+            "segments": options.segments,
+            "weights": "softmax",
+            "temperature": options.temperature,
+            "gamma": 1.0,
+        }
         return replace(start, card=start.card | rule)
 
     def _codec(self, start: Prior) -> Any:
@@ -199,24 +202,35 @@ class _Run:
 
         return through
 
-    def _neighbours(self) -> Generator[Event, None, Nearest]:
-        import numpy as np
+    def _episodes(self, model: Model, start: Prior) -> Generator[Event, None, Episodes]:
+        """What is learned from; where questions find or weigh passages by meaning, those are embedded first."""
+        from regrad_cli.learn.tokens import Tokenizer
 
+        rules = self.options.rules
+        weighed = rules.objective == "regrad" and rules.segments > 1
+        vectors = None
+        if weighed or (rules.strangers and rules.k > 1):
+            vectors = yield from self._vectors()
+        episodes = Episodes(
+            model, self.tasks, rules, self._rule(start).weights_for, seed=self.options.seed,
+            token_spans=Tokenizer(self.folder.path).spans, vectors=vectors,
+        )  # fmt: skip
+        if vectors is not None:
+            texts = episodes.texts_to_embed([*self.tasks, *self.dev] if rules.objective == "regrad" else [])
+            texts.sort(key=len)  # like lengths fill a pass
+            for begin in range(0, len(texts), EMBEDDED):
+                yield Progress("embedding passages, for their weights in the sum", begin, len(texts))
+                vectors.add(texts[begin : begin + EMBEDDED])
+        return episodes
+
+    def _vectors(self) -> Generator[Event, None, Vectors]:
         from regrad_cli.embed import load_embedder
         from regrad_cli.learn.model import choose_device
 
         folders: list[ModelFolder] = []
         yield from narrated(partial(resolve_embedder, self.options.embedder), folders)
         self.embedder = fingerprint_embedder(folders[0].path)
-        embedder = load_embedder(folders[0].path, device=str(choose_device(self.options.device)))
-        texts = [text for task in self.tasks for text in task.embedding_texts]
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # like lengths fill a pass
-        vectors = np.zeros((len(texts), embedder.dimension), np.float32)
-        for begin in range(0, len(order), EMBEDDED):
-            yield Progress("embedding passages, for strangers in the sum", begin, len(texts))
-            part = order[begin : begin + EMBEDDED]
-            vectors[part] = embedder.encode([texts[place] for place in part])
-        return Nearest(self.tasks, vectors, embedder.encode)
+        return Vectors(load_embedder(folders[0].path, device=str(choose_device(self.options.device))).encode)
 
     def _steps(
         self,
@@ -354,6 +368,7 @@ class _Run:
             "best_step": step,
             "losses": losses,
             "k": options.k,
+            "segments": options.segments,
             "weights": "softmax",
             "temperature": options.temperature,
             "gamma": 1.0,
@@ -364,7 +379,3 @@ class _Run:
 
 def _data(files: Sequence[Path]) -> list[dict[str, str]]:
     return [{"file": printable_name(file.name), "sha256": sha256_hex(file.read_bytes())} for file in files]
-
-
-def _nothing() -> Generator[Event, None, None]:
-    yield from ()

@@ -25,6 +25,7 @@ class MetaTrainOptions:
     dev             task files to validate on and choose the best by; none: the last step's prior is the result
     init            a prior to begin with, or "shipped"; None: a seeded start
     learning_rate   of θ; step_rate: of log α
+    segments        a passage is cut into at most so many, each with a gradient of its own and weighed by the question
     temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
     codec           None: exact gradients in the inner step; else through this codec, straight through
     validate_every  steps; checkpoint_s: seconds between files to go on from
@@ -45,6 +46,7 @@ class MetaTrainOptions:
     mix_context: float = 0.25
     strangers: float = 0.4
     k: int = 3
+    segments: int = 1
     temperature: float = 0.05
     questions: int = 4
     first_order: bool = False
@@ -59,14 +61,14 @@ class MetaTrainOptions:
     @property
     def rules(self) -> EpisodeRules:
         strangers = self.strangers if self.objective != "direct" else 0.0
-        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, self.questions)
+        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, self.segments, self.questions)
 
 
 def refuse(options: MetaTrainOptions) -> None:
     """raises UsageProblem for what cannot be done"""
     if options.objective not in OBJECTIVES:
         raise UsageProblem(f"there is no objective '{options.objective}'", f"use one of {', '.join(OBJECTIVES)}")
-    for name in ("steps", "batch", "k", "questions", "rank", "validate_every", "dev_tasks"):
+    for name in ("steps", "batch", "k", "segments", "questions", "rank", "validate_every", "dev_tasks"):
         if getattr(options, name) < 1:
             raise UsageProblem(f"{name.replace('_', '-')} must be at least 1")
     for name in ("mix_context", "strangers"):

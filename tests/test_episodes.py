@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from train_runs import LONG, PLACES
 from train_runs import task as task_line
 
-from regrad_cli.episodes import EpisodeRules, Episodes, Nearest
+from regrad_cli.episodes import EpisodeRules, Episodes, Vectors
 from regrad_cli.learn.meta import Episode
 from regrad_cli.learn.model import Model, load_model
 from regrad_cli.learn.prompt import prompt_ids
@@ -45,7 +47,7 @@ def by_score(scores: Sequence[float]) -> list[float]:
 
 
 def episodes(model: Model, tasks: Sequence[Task] = TASKS, **changes: Any) -> Episodes:
-    named = {name: changes.pop(name) for name in ("nearest", "seed", "weights_for") if name in changes}
+    named = {name: changes.pop(name) for name in ("vectors", "token_spans", "seed", "weights_for") if name in changes}
     named = {"seed": 0, "weights_for": even} | named
     weights = named.pop("weights_for")
     return Episodes(model, tasks, EpisodeRules(**changes), weights, **named)
@@ -82,7 +84,7 @@ def test_an_episode_holds_its_own_passages_and_the_prompts_that_ask_makes(model:
     for episode in drawn(episodes(model, mix_context=0.0), 4):
         own = next(task for task in TASKS if task.id == episode.name)
         assert [words(model, ids) for ids in episode.passages] == list(own.training_texts)
-        assert episode.weights == (1.0,)
+        assert {prompted.weights for prompted in episode.questions} == {(1.0,)}
         asked = {question.question: question.answers for question in own.questions}
         assert len(episode.questions) == 2
         for prompted in episode.questions:
@@ -116,7 +118,7 @@ def test_a_baseline_takes_no_gradient_and_sees_passages_always_or_never(
     model: Model, objective: str, shown: int
 ) -> None:
     for episode in drawn(episodes(model, objective=objective, mix_context=1.0, strangers=0.0), 5):
-        assert episode.passages == () and episode.weights == ()
+        assert episode.passages == () and {each.weights for each in episode.questions} == {()}
         seen = ["is called" in words(model, prompted.ids[: prompted.start]) for prompted in episode.questions]
         assert sum(seen) == shown
 
@@ -145,51 +147,104 @@ def vectors_of(texts: Sequence[str]) -> np.ndarray:
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
-def nearest_of(tasks: Sequence[Task]) -> Nearest:
-    return Nearest(tasks, vectors_of([text for task in tasks for text in task.embedding_texts]), vectors_of)
-
-
-def test_the_nearest_passages_of_other_tasks_are_found_best_first() -> None:
+def test_the_nearest_passages_of_other_tasks_are_found_best_first(model: Model) -> None:
     tasks = [task(number, passages=2) for number in range(2 * COUNT)]  # task 3 and 11 are of one place
-    nearest = nearest_of(tasks)
-    mine, others = nearest(f"Who keeps {PLACES[3]}?", 3, 3)
-    assert len(mine) == 2 and min(mine) > 0.9
-    assert [(owner, passage) for _, owner, passage in others][:2] == [(11, 0), (11, 1)]  # equals in their order
-    assert all(owner != 3 for _, owner, _ in others) and len(others) == 3
-    scores = [score for score, *_ in others]
-    assert scores == sorted(scores, reverse=True)
-    assert len(nearest("anything", 0, 1000)[1]) == 2 * (2 * COUNT - 1)
+    made = episodes(model, tasks, vectors=Vectors(vectors_of))
+    others = made._nearest(f"Who keeps {PLACES[3]}?", 3, 3)
+    assert others[:2] == [(11, 0), (11, 1)]  # equals in their order
+    assert all(owner != 3 for owner, _ in others) and len(others) == 3
+    assert len(made._nearest("anything", 0, 1000)) == 2 * (2 * COUNT - 1)
 
 
 def test_strangers_fill_the_sum_up_to_k_and_weights_follow_the_scores(model: Model) -> None:
     tasks = [task(number) for number in range(2 * COUNT)]
-    nearest = nearest_of(tasks)
-    made = episodes(model, tasks, nearest=nearest, weights_for=by_score, strangers=1.0, k=3, mix_context=0.0)
+    options = {"vectors": Vectors(vectors_of), "weights_for": by_score, "strangers": 1.0, "k": 3, "mix_context": 0.0}
+    made = episodes(model, tasks, **options)
     for episode in drawn(made, 10):
         own = next(place for place, task in enumerate(tasks) if task.id == episode.name)
         assert words(model, episode.passages[0]) == tasks[own].training_texts[0]
         assert len(episode.passages) <= 3
-        assert all(weight >= 0.03 for weight in episode.weights)
-        assert 0.9 < sum(episode.weights) <= 1 + 1e-9
-    seen = Counter(len(episode.passages) for episode in drawn(made, 10))
+        for prompted in episode.questions:
+            assert len(prompted.weights) == len(episode.passages) and 0.9 < sum(prompted.weights) <= 1 + 1e-9
+        assert all(max(column) >= 0.03 for column in zip(*(each.weights for each in episode.questions), strict=True))
+    one = episodes(model, tasks, questions=1, **options)
+    seen = Counter(len(episode.passages) for episode in drawn(one, 10))
     assert len(seen) > 1  # one that weighs next to nothing is not computed
 
 
+# ── segments ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PARTED = Task(
+    "parted",
+    "Harbour",
+    (
+        "The lamp of Velmora is lit at dusk by its keeper. The ferry of Velmora is red and slow. "
+        "The ferry of Tarn is called the Grey Gull by all. The bell of Tarn is rung by hand at dawn.",
+    ),
+    (
+        TaskQuestion("When is the lamp of Velmora lit?", ("dusk",)),
+        TaskQuestion("What is the Gull of Tarn?", ("ferry",)),
+    ),
+)
+
+
+def by_words(text: str) -> list[tuple[int, int]]:
+    """Each word as three tokens."""
+    return [match.span() for match in re.finditer(r"\S+", text) for _ in range(3)]
+
+
+def test_each_question_weighs_the_segments_of_its_passage_by_what_it_asks(model: Model) -> None:
+    rules = {"segments": 3, "mix_context": 0.0, "strangers": 0.0}
+    made = episodes(model, [PARTED], vectors=Vectors(vectors_of), token_spans=by_words, weights_for=by_score, **rules)
+    (episode,) = drawn(made, 1, 1)
+    texts = [words(model, ids) for ids in episode.passages]
+    assert len(texts) > 1 and all(text.startswith("Harbour\n") for text in texts)
+    assert " ".join(text.removeprefix("Harbour\n") for text in texts) == PARTED.passages[0]
+    best = {texts[prompted.weights.index(max(prompted.weights))] for prompted in episode.questions}
+    assert len(best) == 2 and all(("Velmora" in text) != ("Tarn" in text) for text in best)
+    (own,) = made.for_validation([PARTED])[0]["own"]
+    assert set(own.passages) < set(episode.passages) and len(own.questions) == 1
+
+
+def test_segments_that_weigh_next_to_nothing_for_every_question_are_not_computed(model: Model) -> None:
+    only = replace(PARTED, questions=PARTED.questions[:1])
+    rules = {"segments": 3, "mix_context": 0.0, "strangers": 0.0}
+    made = episodes(model, [only], vectors=Vectors(vectors_of), token_spans=by_words, weights_for=by_score, **rules)
+    (episode,) = drawn(made, 1, 1)
+    assert len(episode.passages) == 1 and "Velmora" in words(model, episode.passages[0])
+
+
+def test_what_will_be_embedded_is_told_and_nothing_else_is_embedded_one_by_one(model: Model) -> None:
+    asked: list[Sequence[str]] = []
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        asked.append(texts)
+        return vectors_of(texts)
+
+    vectors = Vectors(encode)
+    made = episodes(model, [*TASKS, PARTED], vectors=vectors, token_spans=by_words, segments=3, strangers=0.5, k=2)
+    told = made.texts_to_embed([*TASKS, PARTED])
+    vectors.add(told)
+    drawn(made, 8)
+    questions = {question.question for task in (*TASKS, PARTED) for question in task.questions}
+    assert asked[0] == told and {text for texts in asked[1:] for text in texts} <= questions
+
+
 def test_a_share_of_episodes_has_strangers(model: Model) -> None:
-    made = episodes(model, nearest=nearest_of(TASKS), strangers=0.4, k=2)
+    made = episodes(model, vectors=Vectors(vectors_of), strangers=0.4, k=2)
     counts = Counter(len(episode.passages) for episode in drawn(made, 100))
     assert set(counts) == {1, 2} and counts[2] / 300 == pytest.approx(0.4, abs=0.08)
 
 
 def test_a_task_with_k_passages_of_its_own_takes_no_stranger(model: Model) -> None:
     tasks = [task(number, passages=3) for number in range(COUNT)]
-    made = episodes(model, tasks, nearest=nearest_of(tasks), strangers=1.0, k=3)
+    made = episodes(model, tasks, vectors=Vectors(vectors_of), strangers=1.0, k=3)
     assert all(len(episode.passages) == 3 for episode in drawn(made, 6))
 
 
 def test_of_very_many_passages_all_stay_in_the_sum(model: Model) -> None:
     (episode,) = drawn(episodes(model, [task(0, passages=50)]), 1, 1)
-    assert len(episode.passages) == 50 and sum(episode.weights) == pytest.approx(1)
+    assert len(episode.passages) == 50 and sum(episode.questions[0].weights) == pytest.approx(1)
 
 
 # ── what cannot be an episode ───────────────────────────────────────────────────────────────────────────────────────
@@ -229,7 +284,8 @@ def test_dev_tasks_are_measured_alone_by_their_own_by_anothers_and_shown(model: 
         assert {each.name for each in (prior, own, other, shown)} == {task.id}
         blind = tuple(prompt_ids(model, task.questions[0].question))
         assert prior.questions[0].ids[: prior.questions[0].start] == blind
-        assert prior.questions == own.questions == other.questions != shown.questions
+        assert prior.questions[0].ids == own.questions[0].ids == other.questions[0].ids != shown.questions[0].ids
+        assert [each.questions[0].weights for each in (prior, own, other, shown)] == [(), (1.0,), (1.0,), (1.0,)]
         assert prior.passages == () and own.passages == shown.passages
         assert words(model, own.passages[0]) == task.training_texts[0]
         assert other.passages == kinds["own"][(place + 1) % 3].passages
@@ -243,7 +299,7 @@ def test_a_baseline_is_measured_as_it_answers(model: Model, objective: str) -> N
     kinds, _ = episodes(model, objective=objective).for_validation(TASKS[:2])
     assert list(kinds) == [objective]
     like = regrad["shown" if objective == "rag" else "prior"]
-    assert [each.questions for each in kinds[objective]] == [each.questions for each in like]
+    assert [each.questions[0].ids for each in kinds[objective]] == [each.questions[0].ids for each in like]
     assert all(each.passages == () for each in kinds[objective])
 
 

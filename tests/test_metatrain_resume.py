@@ -118,7 +118,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("place", KILLS)
-def test_a_killed_run_goes_on_to_the_same_bytes_and_the_same_metrics(
+def test_promise_01_a_killed_run_goes_on_to_the_same_bytes_and_the_same_metrics(
     usual: MetaTrainOptions, whole: Any, place: str
 ) -> None:
     part = str(resume_file(usual.out)) + ".part"

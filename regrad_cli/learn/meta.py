@@ -4,7 +4,8 @@ One inner step: θ′ = θ − α ⊙ Σᵢ wᵢ gᵢ(θ), with gᵢ the gradien
     ∇θ = v − Σᵢ wᵢ ∇θ⟨gᵢ(θ), α ⊙ v⟩        ∂/∂log αₜ = −αₜ ⟨vₜ, Σᵢ wᵢ gᵢₜ⟩
 which is backpropagation through both levels, without ever holding more than `held_tokens` of the inner graph, nor the
 gradients of more passages than that: memory does not grow with their number.
-Source: ReGrad, arXiv 2606.15734. Shapes: P passages, T tasks, Q questions of L tokens, hidden size H, vocabulary V.
+Source: ReGrad, arXiv 2606.15734. Shapes: P passages, T tasks, Q questions of L tokens, S distinct θ′ (one for the
+questions of a task that weigh alike), hidden size H, vocabulary V.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ HELD_TOKENS = {"cpu": 768, "cuda": 16384, "mps": 2048}
 class Prompted:
     """A question as the model reads it and the answer that it should give.
 
-    ids     the prompt's tokens, then the answer's, the end of the turn included
-    start   where the answer begins
+    ids      the prompt's tokens, then the answer's, the end of the turn included
+    start    where the answer begins
+    weights  of the gradients of its task's passages; none: the prior answers alone
     """
 
     ids: tuple[int, ...]
     start: int
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One task of a step: passages with the weights of their gradients (none: the prior answers alone), questions."""
+    """One task of a step: passages, and questions that weigh their gradients each in its own way."""
 
     name: str
     passages: tuple[tuple[int, ...], ...]
-    weights: tuple[float, ...]
     questions: tuple[Prompted, ...]
 
 
@@ -108,29 +110,26 @@ class MetaLearner:
         prior = {name: tensor.to(device, self.model.dtype) for name, tensor in theta.items()}
         kind = next(iter(theta.values())).dtype
         passages = [ids for episode in episodes for ids in episode.passages]
-        owners = [place for place, episode in enumerate(episodes) for _ in episode.passages]
-        weights = [weight for episode in episodes for weight in episode.weights]
+        member, places = _weights(episodes)
+        member = member.to(device, kind)  # (S, P)
         groups = self._groups(passages)
         held: _Inner | None = None
 
-        moved: Tensors = {}  # {name: (T, rows, cols)}, Σ w g of each task
+        moved: Tensors = {}  # {name: (S, rows, cols)}, Σ w g
         for group in groups:
             part = self._inner([passages[i] for i in group], prior, graph=len(groups) == 1 and not self._first_order)
             held = part if len(groups) == 1 else None
             rows = {name: tensor.detach().to(kind) for name, tensor in part.rows.items()}
             if self._codec is not None:
                 rows = self._codec(rows)
-            member = torch.zeros(len(episodes), len(group), device=device, dtype=kind)
-            for column, i in enumerate(group):
-                member[owners[i], column] = weights[i]
             for name, tensor in rows.items():
-                more = torch.einsum("tp,prc->trc", member, tensor)
+                more = torch.einsum("sp,prc->src", member[:, group], tensor)
                 moved[name] = moved[name] + more if name in moved else more
-        adapted = {}  # {name: (T, rows, cols)}, θ′ of each task
+        adapted = {}  # {name: (S, rows, cols)}, every θ′
         for name, tensor in theta.items():
-            start = tensor.to(device).expand(len(episodes), *tensor.shape)
+            start = tensor.to(device).expand(len(member), *tensor.shape)
             adapted[name] = start - steps[name] * moved[name] if moved else start
-        losses, v = self._outer(episodes, adapted)  # v in the type of θ
+        losses, v = self._outer(episodes, adapted, places)  # v in the type of θ
 
         total = {name: value.sum(dim=0) for name, value in v.items()}
         log_steps = dict.fromkeys(prior, 0.0)
@@ -138,15 +137,12 @@ class MetaLearner:
             log_steps = {name: -steps[name] * float((v[name] * moved[name]).sum()) for name in prior}
         if moved and not self._first_order:
             for group in groups:
-                owner = torch.tensor([owners[i] for i in group], device=device)
-                weight = torch.tensor([weights[i] for i in group], device=device, dtype=kind)[:, None, None]
-                towards = {name: steps[name] * weight * v[name][owner] for name in prior}  # (P, rows, cols)
                 part = held or self._inner([passages[i] for i in group], prior, graph=True)
-                second = torch.autograd.grad(
-                    list(part.rows.values()),
-                    list(part.leaves.values()),
-                    [towards[name].to(part.rows[name]) for name in part.rows],
-                )
+                towards = [
+                    (steps[name] * torch.einsum("sp,src->prc", member[:, group], v[name])).to(row)
+                    for name, row in part.rows.items()
+                ]
+                second = torch.autograd.grad(list(part.rows.values()), list(part.leaves.values()), towards)
                 for name, value in zip(part.leaves, second, strict=True):
                     total[name] = total[name] - value.to(kind)
         return MetaGradient(losses, total, log_steps)
@@ -157,20 +153,20 @@ class MetaLearner:
     ) -> list[list[float]]:
         """The answer loss of every question of every episode after its inner step; no graph."""
         found = []
+        device = self.model.device
+        prior = {name: tensor.to(device, self.model.dtype) for name, tensor in theta.items()}
         for episode in episodes:
-            tensors = {name: tensor.to(self.model.device)[None] for name, tensor in theta.items()}
-            if episode.passages:
-                prior = {name: tensor.to(self.model.device, self.model.dtype) for name, tensor in theta.items()}
-                for group in self._groups(episode.passages):
-                    part = self._inner([episode.passages[i] for i in group], prior, graph=False)
-                    rows = {name: tensor.to(theta[name].dtype) for name, tensor in part.rows.items()}
-                    if self._codec is not None:
-                        rows = self._codec(rows)
-                    weights = torch.tensor([episode.weights[i] for i in group], device=self.model.device)
-                    for name, tensor in rows.items():
-                        total = (weights[:, None, None] * tensor).sum(dim=0, keepdim=True)
-                        tensors[name] = tensors[name] - steps[name] * total
-            found.append(self._question_losses([episode], tensors).tolist())
+            member, places = _weights([episode])
+            tensors = {name: tensor.to(device).expand(len(member), *tensor.shape) for name, tensor in theta.items()}
+            for group in self._groups(episode.passages):
+                part = self._inner([episode.passages[i] for i in group], prior, graph=False)
+                rows = {name: tensor.to(theta[name].dtype) for name, tensor in part.rows.items()}
+                if self._codec is not None:
+                    rows = self._codec(rows)
+                for name, tensor in rows.items():
+                    weights = member[:, group].to(tensor)
+                    tensors[name] = tensors[name] - steps[name] * torch.einsum("sp,prc->src", weights, tensor)
+            found.append(self._question_losses([episode], tensors, places).tolist())
         return found
 
     def _groups(self, passages: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -209,21 +205,25 @@ class MetaLearner:
         fused = self.model.network.config._attn_implementation == "sdpa"
         return sdpa_kernel(SDPBackend.MATH) if graph and fused else nullcontext()
 
-    def _outer(self, episodes: Sequence[Episode], adapted: Tensors) -> tuple[torch.Tensor, Tensors]:
-        """Mean answer loss of each episode (T,) and its gradient at that episode's θ′, {name: (T, rows, cols)}."""
+    def _outer(
+        self, episodes: Sequence[Episode], adapted: Tensors, places: Sequence[int]
+    ) -> tuple[torch.Tensor, Tensors]:
+        """Mean answer loss of each episode (T,), and the gradient of their sum at each θ′, {name: (S, rows, cols)}."""
         leaves = {name: tensor.to(self.model.dtype).detach().requires_grad_() for name, tensor in adapted.items()}
         counts = [len(episode.questions) for episode in episodes for _ in episode.questions]
         with torch.enable_grad():
-            each = self._question_losses(episodes, leaves) / torch.tensor(counts, device=self.model.device)
+            each = self._question_losses(episodes, leaves, places) / torch.tensor(counts, device=self.model.device)
             gradients = torch.autograd.grad(each.sum(), list(leaves.values()))
         owners = torch.tensor([place for place, episode in enumerate(episodes) for _ in episode.questions])
         losses = torch.zeros(len(episodes), dtype=each.dtype).index_add_(0, owners, each.detach().cpu())
         return losses, {name: value.to(adapted[name]) for name, value in zip(leaves, gradients, strict=True)}
 
-    def _question_losses(self, episodes: Sequence[Episode], tensors: Tensors) -> torch.Tensor:
-        """Mean cross-entropy over each answer's tokens, (Q,) in their order; tensors {name: (T, rows, cols)}."""
+    def _question_losses(self, episodes: Sequence[Episode], tensors: Tensors, places: Sequence[int]) -> torch.Tensor:
+        """Mean cross-entropy over each answer's tokens, (Q,) in their order.
+
+        tensors  {name: (S, rows, cols)}; places (Q,) says which of them each question has
+        """
         questions = [question for episode in episodes for question in episode.questions]
-        owners = [place for place, episode in enumerate(episodes) for _ in episode.questions]
         order = sorted(range(len(questions)), key=lambda place: len(questions[place].ids))
         losses: list[torch.Tensor] = [torch.zeros(())] * len(questions)
         start = 0
@@ -232,10 +232,10 @@ class MetaLearner:
             batch = [place for place in order[start:] if len(questions[place].ids) <= 1.5 * length + 16]
             start += len(batch)
             ids, lower = self._padded([questions[place].ids for place in batch])
-            owner = torch.tensor([owners[place] for place in batch], device=ids.device)
-            shared = len(episodes) == 1
-            rows = {name: tensor[0] if shared else tensor[owner] for name, tensor in tensors.items()}
-            outputs = self.upper.outputs(ids, lower, {name: tensor.to(lower.dtype) for name, tensor in rows.items()})
+            alike = len({places[place] for place in batch}) == 1
+            chosen = places[batch[0]] if alike else torch.tensor([places[place] for place in batch], device=ids.device)
+            rows = {name: tensor[chosen].to(lower.dtype) for name, tensor in tensors.items()}
+            outputs = self.upper.outputs(ids, lower, rows)
             for row, place in enumerate(batch):
                 question = questions[place]
                 answer = ids[row, question.start : len(question.ids)]
@@ -260,6 +260,24 @@ class MetaLearner:
         if self.model.has_plain_head:
             return _HeadLoss.apply(outputs, self.model.network.get_output_embeddings().weight, targets, share)
         return (F.cross_entropy(self._logits(outputs), targets, reduction="none") * share).sum()
+
+
+def _weights(episodes: Sequence[Episode]) -> tuple[torch.Tensor, list[int]]:
+    """The weights of all passages in each distinct θ′, (S, P), and which of these each question has, (Q,)."""
+    rows: list[list[float]] = []
+    places: list[int] = []
+    total = sum(len(episode.passages) for episode in episodes)
+    before = 0
+    for episode in episodes:
+        known: dict[tuple[float, ...], int] = {}
+        for question in episode.questions:
+            if question.weights not in known:
+                known[question.weights] = len(rows)
+                after = total - before - len(question.weights)
+                rows.append([0.0] * before + list(question.weights) + [0.0] * after)
+            places.append(known[question.weights])
+        before += len(episode.passages)
+    return torch.tensor(rows, dtype=torch.float64).view(len(rows), total), places
 
 
 @dataclass(frozen=True)

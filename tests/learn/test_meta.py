@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,16 +72,16 @@ def by_both_levels(
     model.network.set_attn_implementation("eager")
     losses = []
     for episode in episodes:
-        adapted = dict(leaves)
-        for ids, weight in zip(episode.passages, episode.weights, strict=True):
-            loss = F.cross_entropy(logits(ids, leaves)[:-1], torch.tensor(ids[1:]))
-            gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                adapted[name] = adapted[name] - logs[name].exp() * weight * seen(gradient)
-        each = [
-            F.cross_entropy(logits(q.ids, adapted)[q.start - 1 : len(q.ids) - 1], torch.tensor(q.ids[q.start :]))
-            for q in episode.questions
-        ]
+        each = []
+        for q in episode.questions:
+            adapted = dict(leaves)
+            for ids, weight in zip(episode.passages, q.weights, strict=True):
+                loss = F.cross_entropy(logits(ids, leaves)[:-1], torch.tensor(ids[1:]))
+                gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+                for name, gradient in zip(leaves, gradients, strict=True):
+                    adapted[name] = adapted[name] - logs[name].exp() * weight * seen(gradient)
+            answer = torch.tensor(q.ids[q.start :])
+            each.append(F.cross_entropy(logits(q.ids, adapted)[q.start - 1 : len(q.ids) - 1], answer))
         losses.append(torch.stack(each).mean())
     total = torch.stack(losses).sum()
     found = torch.autograd.grad(total, [*leaves.values(), *logs.values()], materialize_grads=True)
@@ -88,13 +89,17 @@ def by_both_levels(
     return torch.stack(losses).detach(), tensors, dict(zip(logs, map(float, found[len(leaves) :]), strict=True))
 
 
+def weighed(weights: Sequence[float], questions: Sequence[Prompted] = QUESTIONS) -> tuple[Prompted, ...]:
+    """The questions, all with these weights."""
+    return tuple(replace(question, weights=tuple(weights)) for question in questions)
+
+
 def episodes_of(k: int) -> list[Episode]:
+    """Two tasks: questions of the first weigh alike, those of the second do not."""
     weights = {0: (), 1: (1.0,), 3: (0.6, 0.3, 0.1)}[k]
     last = len(PASSAGES)
-    return [
-        Episode("one", PASSAGES[:k], weights, QUESTIONS),
-        Episode("two", PASSAGES[last - k :], weights, QUESTIONS[1:]),
-    ]
+    unlike = weighed(weights, QUESTIONS[1:]) + weighed([weight**2 / 2 for weight in weights], QUESTIONS)
+    return [Episode("one", PASSAGES[:k], weighed(weights)), Episode("two", PASSAGES[last - k :], unlike)]
 
 
 @pytest.mark.parametrize("held", [10_000, 1], ids=["graph held", "graph made again"])
@@ -231,7 +236,7 @@ def test_memory_does_not_grow_with_the_number_of_passages(family: Callable[[str]
 
     def peak(k: int, held: int) -> int:
         passages = tuple(tuple(3 + (7 * i + j) % 90 for j in range(40)) for i in range(k))
-        episode = Episode("one", passages, (1.0 / k,) * k, QUESTIONS[:1])
+        episode = Episode("one", passages, weighed([1.0 / k] * k, QUESTIONS[:1]))
         learner = MetaLearner(model, 2.0, first_order=first_order, held_tokens=held)
         with learner.ready():
             return peak_bytes(lambda: learner.meta_gradient(theta, steps, [episode]))
@@ -250,7 +255,7 @@ def test_gradients_of_many_passages_are_summed_group_by_group(family: Callable[[
         seen.append(len(next(iter(tensors.values()))))
         return tensors
 
-    episode = Episode("one", PASSAGES * 3, (1.0 / 9,) * 9, QUESTIONS)
+    episode = Episode("one", PASSAGES * 3, weighed([1.0 / 9] * 9))
     learner = MetaLearner(model, 2.0, codec=codec, held_tokens=24)
     with learner.ready():
         learner.meta_gradient(theta, steps, [episode])

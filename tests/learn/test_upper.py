@@ -220,8 +220,8 @@ def episodes(model: Model, count: int) -> list[Episode]:
     found = []
     for number in range(count):
         first, second, asked = random_passages(model, (6 + number % 3, 9, 8), seed=number)
-        question = Prompted(tuple(asked), 5)
-        found.append(Episode(f"e{number}", (tuple(first), tuple(second)), (0.7, 0.3), (question,)))
+        question = Prompted(tuple(asked), 5, (0.7, 0.3))
+        found.append(Episode(f"e{number}", (tuple(first), tuple(second)), (question,)))
     return found
 
 
@@ -284,7 +284,7 @@ def test_elsewhere_than_on_a_cpu_all_go_together_and_one_by_one_where_one_is_not
         for name in expected:
             assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-7)
             assert found_logs[name] == pytest.approx(logs[name], rel=1e-3, abs=1e-7)
-        nothing = Episode("bad", (), (), (Prompted(many[0].questions[0].ids, 8),))  # no token of an answer
+        nothing = Episode("bad", (), (Prompted(many[0].questions[0].ids, 8),))  # no token of an answer
         parts = workers.gradients(prior.tensors, steps, [many[0], nothing, many[2]])
         assert [(episode.name, part.finite) for episode, part in parts] == [("e0", True), ("bad", False), ("e2", True)]
         assert workers.gradients(prior.tensors, steps, []) == []
