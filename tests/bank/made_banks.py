@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from regrad_cli.bank import create_bank, files, open_bank, write_bank
+from regrad_cli.bank import create_bank, open_bank, write_bank
 from regrad_cli.records import (
     BankSettings,
     CodecSettings,
@@ -120,65 +118,3 @@ def copy_of(bank: Path, target: Path) -> Path:
 def all_refs(path: Path) -> list[RowRef]:
     with open_bank(path) as bank:
         return [ref for ref, _, _ in bank.passages()]
-
-
-class Watched(files.System):
-    """The system calls that change a disk, with a word before each: `before(step, path)` may raise, kill or note.
-    Nothing is synced for real: what a process wrote outlives it without; only a power cut would tell."""
-
-    def __init__(self, before: Callable[[str, str], None]) -> None:
-        self.before = before
-        self.names: dict[int, str] = {}
-
-    def _name(self, fd: int) -> str:
-        return str(Path(f"/proc/self/fd/{fd}").readlink())
-
-    def open(self, path, flags, mode=0o777):  # type: ignore[override]
-        self.before("open", str(path))
-        return os.open(path, flags, mode)
-
-    def write(self, fd, data):  # type: ignore[override]
-        self.before("write", self._name(fd))
-        return os.write(fd, data)
-
-    def fsync(self, fd):  # type: ignore[override]
-        name = self._name(fd)
-        self.before("fsync folder" if Path(name).is_dir() else "fsync", name)
-
-    def rename(self, source, target):  # type: ignore[override]
-        self.before("rename", f"{source} {target}")
-        Path(source).rename(target)
-
-    def link(self, source, target):  # type: ignore[override]
-        self.before("link", f"{source} {target}")
-        os.link(source, target)
-
-    def unlink(self, path):  # type: ignore[override]
-        self.before("unlink", str(path))
-        Path(path).unlink()
-
-    def mkdir(self, path):  # type: ignore[override]
-        self.before("mkdir", str(path))
-        Path(path).mkdir()
-
-
-class Fault:
-    """Raises `error` at the n-th call it is told of; `hit` says at which step, if it came so far."""
-
-    def __init__(self, number: int, error: Callable[[], BaseException]) -> None:
-        self.left, self.error, self.hit = number, error, ""
-
-    def __call__(self, step: str, path: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.hit = step
-            raise self.error()
-
-
-def every_flip(data: bytes, places: int) -> Iterator[tuple[int, bytes]]:
-    """Copies of `data` with one bit flipped: in the first and last bytes, and at `places` spread over the rest."""
-    chosen = {0, 1, 7, 8, 9, len(data) - 1, len(data) - 2, *np.linspace(0, len(data) - 1, places).astype(int).tolist()}
-    for position in sorted(place for place in chosen if 0 <= place < len(data)):
-        flipped = bytearray(data)
-        flipped[position] ^= 1 << (position % 8)
-        yield position, bytes(flipped)

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import resource
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -15,14 +15,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_banks import PRIOR, Fault, Watched, content, copy_of, make_bank, rows, settings, tree
+from faults import (
+    STEPS_OF_A_COMMIT,
+    Child,
+    Fault,
+    NoSmallDisk,
+    Watched,
+    fill,
+    no_links,
+    on_small_disk,
+    run_and_kill,
+)
+from made_banks import PRIOR, content, copy_of, make_bank, rows, settings, tree
 
 from regrad_cli.bank import create_bank, files, open_bank, remove_documents, verify, write_bank
 from regrad_cli.bank.manifest import Counts
 from regrad_cli.errors import Locked, NoBank, StorageFailed
 from regrad_cli.records import document_id
-
-STEPS_OF_A_COMMIT = {"open", "write", "fsync", "fsync folder", "rename", "link", "unlink"}
 
 
 def ingest(bank: Path, reported: Callable[[int], None] = lambda number: None) -> None:
@@ -49,45 +58,6 @@ def states(start: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     ingest(bank, lambda number: found.append(content(bank)))
     assert len(found) == 4
     return found
-
-
-def no_links(step: str, path: str) -> None:
-    if step == "link":
-        raise OSError(errno.EPERM, "no links here")
-
-
-def run_and_kill(work: Callable[[Callable[[int], None]], None], at: int, links: bool) -> tuple[str, int]:
-    """Runs `work` in a child that kills itself before its `at`-th system call.
-
-    returns  the step it died at ("" if it ended before), and the last commit it had reported by then
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reader)
-            left = at
-
-            def before(step: str, path: str) -> None:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os.write(writer, f"{step}\n".encode())
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if not links:
-                    no_links(step, path)
-
-            files.SYSTEM = Watched(before)
-            work(lambda number: os.write(writer, f"{number}\n".encode()) and None)
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        lines = pipe.read().split("\n")[:-1]
-    _, status = os.waitpid(child, 0)
-    killed = os.WIFSIGNALED(status)
-    step = lines.pop() if killed else ""
-    return step, int(lines[-1]) if lines else 0
 
 
 @pytest.mark.parametrize("way", ["links", "no-links", "with-index"])
@@ -261,6 +231,8 @@ def test_promise_02_a_new_bank_is_durable_with_its_folders(tmp_path: Path, monke
             assert ("fsync folder", str(Path(path).parent)) in calls[made:]
     (named,) = [place for place, (step, path) in enumerate(calls) if path.endswith(f" {bank / 'FORMAT'}")]
     assert ("fsync folder", str(bank)) in calls[named : linked[0]]
+    (prior,) = [place for place, (step, path) in enumerate(calls) if f" {bank / 'priors'}/" in path]
+    assert ("fsync folder", str(bank / "priors")) in calls[prior : linked[0]]
     assert calls[linked[0] :].count(("fsync folder", str(bank / "snapshots"))) == 1
 
 
@@ -454,6 +426,82 @@ def test_promise_07_a_file_that_may_not_grow(start: Path, tmp_path: Path) -> Non
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+def full_disk(start: Path, folder: Path, limit: Callable[[int], Callable[[], None]]) -> list[tuple[int, int, str]]:
+    """Ingests with a page more room each time, until it is enough.
+
+    limit    takes the room in bytes away for a child process, and returns what gives it back
+    returns  of each the exit code, the commits it reported, and what it said
+    """
+    found = []
+    for room in range(0, 1 << 20, 1 << 12):
+        bank = copy_of(start, folder / "b")
+        before = content(bank)
+        give_back = limit(room)
+        ended = Child(lambda told, bank=bank: ingest(bank, told)).wait()
+        give_back()
+        assert ended.reported or content(bank) == before
+        assert [finding for finding in verify(bank) if not finding.note] == []
+        ingest(bank)  # with room again the same command ends its work
+        assert list(verify(bank)) == []
+        shutil.rmtree(bank)
+        found.append((ended.code or 0, ended.reported, ended.said))
+        if ended.code == 0:
+            break
+    return found
+
+
+def limited_files(room: int) -> Callable[[], None]:
+    """The way where no file system can be mounted: files of this process and its children may not grow beyond that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_promise_07_a_disk_that_is_really_full(start: Path, tmp_path: Path) -> None:
+    def on_disk(disk: Path) -> list[tuple[int, int, str]]:
+        return full_disk(start, disk, lambda room: fill(disk, room).unlink)
+
+    try:
+        found = on_small_disk(1 << 20, on_disk)
+    except NoSmallDisk:
+        found = full_disk(start, tmp_path, limited_files)
+    *full, (last, commits, _) = found
+    assert (last, commits) == (0, 3) and len(full) > 3
+    assert all(code == StorageFailed.exit_code and "what was committed stays" in said for code, _, said in full)
+
+
+def test_without_a_right_to_mount_files_that_may_not_grow_do(start: Path, tmp_path: Path) -> None:
+    *full, (last, commits, _) = full_disk(start, tmp_path, limited_files)
+    assert (last, commits) == (0, 3) and full
+    assert all(code == StorageFailed.exit_code and "file sizes" in said for code, _, said in full)
+
+
+def test_promise_07_a_system_that_writes_less_than_it_was_asked_to(
+    start: Path, states: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a disk does that fills up in the middle of a write, or a signal that comes then."""
+    monkeypatch.setattr(files.System, "write", staticmethod(lambda fd, data: os.write(fd, data[:700])))
+    bank = copy_of(start, tmp_path / "b")
+    ingest(bank)
+    assert content(bank) == states[-1] and list(verify(bank)) == []
+
+
+def test_promise_16_a_manifest_too_large_to_be_read_is_never_committed(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = copy_of(start, tmp_path / "b")
+    before = content(bank)
+    monkeypatch.setattr("regrad_cli.bank.commit.MANIFEST_LIMIT", 1000)
+    with write_bank(bank) as writer:
+        writer.add(*rows("b.md", 2))
+        with pytest.raises(StorageFailed, match="too many shards"):
+            writer.commit("ingest")
+        assert content(bank) == before and [finding for finding in verify(bank) if not finding.note] == []
+        monkeypatch.undo()
+        writer.commit("ingest")
+    assert len(content(bank)) == len(before) + 2
+
+
 def test_interrupted_between_link_and_answer_a_writer_stops(
     start: Path, states: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +565,15 @@ def test_a_name_that_is_taken_is_never_given_again(
         files.publish_once(files.write_temporary(tmp_path, [b"second"]), tmp_path / "taken")
     files.publish_once(files.write_temporary(tmp_path, [b"second"]), tmp_path / "free")
     assert tree(tmp_path) == {"taken": b"first", "free": b"second"}
+
+
+def test_a_name_that_is_claimed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no links: another process looks at the name in this moment."""
+    monkeypatch.setattr(files, "SYSTEM", Watched(no_links))
+    (tmp_path / "name.claim").touch()
+    with pytest.raises(FileExistsError):
+        files.publish_once(files.write_temporary(tmp_path, [b"mine"]), tmp_path / "name")
+    assert tree(tmp_path) == {"name.claim": b""}
 
 
 def test_a_snapshot_that_another_process_took_is_not_overwritten(start: Path, tmp_path: Path) -> None:

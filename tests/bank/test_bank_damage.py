@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import every_flip
 from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
-from made_banks import content, copy_of, every_flip, make_bank, rows, settings, tree
+from made_banks import content, copy_of, make_bank, rows, settings, tree
 from safetensors.numpy import load, save
 
 from regrad_cli.bank import log, open_bank, remove_documents, verify, write_bank
 from regrad_cli.bank.building import build_shard
 from regrad_cli.bank.damage import DamagedFile, DamagedRow
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, parse
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, MAX_DIMENSION, SHARD_ROWS, parse
 from regrad_cli.bank.shards import HEADER_LIMIT, expected_tensors, parse_header, passage_line, row_checksum
 from regrad_cli.bank.store import Region
 from regrad_cli.errors import Damaged, RegradError, UnknownFormat
@@ -171,6 +172,21 @@ def test_promise_03_a_header_that_says_the_same_in_other_bytes_is_damaged(whole:
     (bank / name).write_bytes(data[:8] + other + data[8 + length :])
     with open_bank(bank) as snapshot, pytest.raises(DamagedFile, match="damaged header"):
         snapshot.row(RowRef(0, 0))
+
+
+def test_promise_03_a_manifest_that_says_the_same_in_other_bytes_is_damaged(whole: Path, tmp_path: Path) -> None:
+    bank = copy_of(whole, tmp_path / "b")
+    newest = max((bank / "snapshots").glob("*.json"))
+    data = newest.read_bytes()
+    body = json.loads(data)
+    spellings = [data + b"\n", data[:-1], b" " + data, data.replace(b":", b": ", 1)]
+    spellings.append(canonical_json(dict(reversed(body.items()))).encode())
+    spellings.append(json.dumps(dict(reversed(body.items())), separators=(",", ":")).encode() + b"\n")
+    for other in spellings:
+        assert other != data and json.loads(other) == body
+        newest.write_bytes(other)
+        with pytest.raises(DamagedFile, match="own checksum"):
+            open_bank(bank)
 
 
 def test_promise_04_any_truncation_is_an_error_and_no_crash(whole: Path, tmp_path: Path) -> None:
@@ -515,6 +531,7 @@ def hostile_manifests() -> list[tuple[str, Callable[[dict[str, Any]], None]]]:
         at("settings", value=None),
         at("settings", "embedding_dim", value=0),
         at("settings", "embedding_dim", value=1 << 50),
+        at("settings", "embedding_dim", value=MAX_DIMENSION + 1),
         at("settings", "code_bytes", value=0),
         at("settings", "code_bytes", value=-5),
         at("settings", "scale_count", value="many"),
@@ -543,6 +560,20 @@ def test_promise_16_a_hostile_manifest_with_a_right_checksum_is_damage(
     rewritten(bank, change)
     raised = bounded(lambda: open_bank(bank))
     assert isinstance(raised, DamagedFile), name
+
+
+def test_promise_16_a_shard_of_more_rows_than_one_has_is_damage(whole: Path, tmp_path: Path) -> None:
+    """Also where the counts agree with it."""
+    bank = copy_of(whole, tmp_path / "b")
+
+    def larger(body: dict[str, Any]) -> None:
+        more = SHARD_ROWS + 1 - body["shards"][0]["rows"]
+        body["shards"][0]["rows"] += more
+        body["counts"]["passages"] += more
+
+    rewritten(bank, larger)
+    with pytest.raises(DamagedFile, match="rows"):
+        open_bank(bank)
 
 
 def test_promise_16_a_shard_named_twice_is_damage(whole: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_banks import Fault, Watched, content, copy_of, make_bank, rows, settings, tree
-from test_bank_crash import STEPS_OF_A_COMMIT, run_and_kill
+from faults import STEPS_OF_A_COMMIT, Fault, Watched, run_and_kill
+from made_banks import content, copy_of, make_bank, rows, settings, tree
 from test_bank_damage import rewritten
 
 from regrad_cli.bank import (
@@ -65,10 +65,11 @@ def move(
     *,
     step: int = 2,
     stop: int | None = None,
+    target: BankSettings | None = None,
     told: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Moves a bank, a commit for every `step` rows; left after `stop` commits. `told` of each snapshot made."""
-    target = under(prior)
+    """Moves a bank, a commit for every `step` rows; left after `stop` commits. `told` 1 for each, and 2 at the end."""
+    target = target or under(prior)
     with move_bank(bank) as writer:
         if writer.snapshot.settings == target:
             return

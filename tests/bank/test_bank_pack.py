@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import Fault, Watched, run_and_kill
 from hypothesis import HealthCheck, given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
-from made_banks import PRIOR, Fault, Watched, content, copy_of, make_bank, rows, settings, tree
-from test_bank_crash import run_and_kill
+from made_banks import PRIOR, content, copy_of, make_bank, rows, settings, tree
 from test_bank_damage import assert_nothing_wrong_is_returned, bounded
 from test_bank_move import NEXT, move
 
@@ -710,6 +710,22 @@ def test_promise_16_a_hostile_start_costs_nothing(packed: Path, tmp_path: Path) 
             raised = bounded(lambda data=data: unpack_bank(io.BytesIO(data), tmp_path / "u"))
             assert isinstance(raised, DamagedFile)
     assert left_over(tmp_path) == ["x.gbank"]
+
+
+@pytest.mark.parametrize("size", [MANIFEST_LIMIT + 1, SIZE_LIMIT - 1])
+def test_promise_16_a_manifest_too_large_is_not_read_from_a_pipe(packed: Path, tmp_path: Path, size: int) -> None:
+    """Which may have no end."""
+
+    class Endless(io.BytesIO):
+        def read(self, count: int | None = -1) -> bytes:
+            assert count is not None and count >= 0
+            found = super().read(count)
+            assert found or not count, "it read on after the manifest's header"
+            return found
+
+    start = packed.read_bytes()[: 2 * BLOCK] + header("snapshots/00000004.json", size)
+    with pytest.raises(DamagedFile, match="before its manifest"):
+        unpack_bank(Endless(start), tmp_path / "u")
 
 
 @run_with(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_banks import PRIOR, Fault, Watched, content, copy_of, make_bank, rows, settings, tree
-from test_bank_crash import run_and_kill
+from faults import Fault, Watched, flip, run_and_kill
+from made_banks import PRIOR, content, copy_of, make_bank, rows, settings, tree
 from test_bank_damage import crafted, forge, rewritten
 from test_bank_move import NEXT, move, under
 
@@ -82,12 +82,6 @@ def repair(bank: Path, *priors: bytes) -> Repaired:
 
 def damage(bank: Path) -> list[str]:
     return [finding.file for finding in verify(bank) if not finding.note]
-
-
-def flip(file: Path, position: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[position] ^= 1 << (position % 8)
-    file.write_bytes(data)
 
 
 def newest(bank: Path, kind: str = "json") -> Path:

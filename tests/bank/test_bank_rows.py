@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from made_banks import PRIOR, all_refs, content, make_bank, rows, settings, tree
 
 from regrad_cli.bank import create_bank, locate_bank, log, open_bank, remove_documents, verify, write_bank
+from regrad_cli.bank.locks import hold_lock
 from regrad_cli.bank.shards import parse_line, passage_line
 from regrad_cli.errors import NoBank, NonFinite, UsageProblem
 from regrad_cli.records import Passage, RowRef, document_id
@@ -116,6 +118,14 @@ def test_promise_12_any_history_ends_in_the_rows_it_should(
         assert {entry["id"]: entry["passages"] for entry in snapshot.documents()} == {
             document_id(source): count for source, count in model.items()
         }
+    assert list(verify(bank)) == []
+
+
+def test_what_was_removed_from_a_shard_stays_removed_when_more_of_it_goes(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path / "b", [("a.md", 2), ("b.md", 3), ("c.md", 1)])
+    for left, gone in (([("b.md", 3), ("c.md", 1)], "a.md"), ([("b.md", 3)], "c.md"), ([], "b.md")):
+        remove_documents(bank, [gone])
+        assert content(bank) == expected(*left)
     assert list(verify(bank)) == []
 
 
@@ -363,6 +373,23 @@ def test_init_takes_an_empty_folder_and_makes_parents(tmp_path: Path) -> None:
     for place in (tmp_path / "empty", tmp_path / "x" / "y" / ".gbank"):
         create_bank(place, settings(), PRIOR)
         assert content(place) == {}
+
+
+def test_of_two_inits_at_once_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has made its bank between the look at the place and the lock."""
+    bank = tmp_path / "b"
+    seen: list[dict[str, bytes]] = []
+
+    def late(path: Path) -> AbstractContextManager[None]:
+        monkeypatch.undo()
+        create_bank(path, settings(), PRIOR)
+        seen.append(tree(path))
+        return hold_lock(path)
+
+    monkeypatch.setattr("regrad_cli.bank.create.hold_lock", late)
+    with pytest.raises(UsageProblem, match="there is a bank"):
+        create_bank(bank, settings(), PRIOR)
+    assert [tree(bank)] == seen
 
 
 def test_a_prior_under_another_name_is_our_own_mistake(tmp_path: Path) -> None:

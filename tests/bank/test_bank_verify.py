@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from faults import flip
 from made_banks import content, copy_of, make_bank, rows
 from test_bank_damage import forge
 from test_bank_move import move
@@ -36,12 +37,6 @@ def bank(whole: Path, tmp_path: Path) -> Path:
 def sampled(bank: Path, percent: float, seed: int = 0) -> tuple[list[Finding], Checked]:
     checked = Checked()
     return list(verify(bank, sample=Sample(percent, seed), checked=checked)), checked
-
-
-def flip(file: Path, position: int) -> None:
-    data = bytearray(file.read_bytes())
-    data[position] ^= 1 << (position % 8)
-    file.write_bytes(data)
 
 
 def test_verify_says_what_it_looked_at(whole: Path) -> None:
