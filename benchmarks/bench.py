@@ -28,6 +28,9 @@ class Options:
     rounds     repetitions of each process
     questions  questions of `answer` and `drift`
     tasks      tasks that `metatrain` learns from
+    rows       of each of the banks of `rows`
+    real_rows  of one more with gradients as large as the starter's; None for none
+    graph_rows most rows of a bank for which `rows` builds a search graph
     """
 
     device: str = "cpu"
@@ -37,14 +40,18 @@ class Options:
     rounds: int | None = None
     questions: int | None = None
     tasks: int | None = None
+    rows: tuple[int, ...] | None = None
+    real_rows: int | None = None
+    graph_rows: int = 1 << 30
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark found: its table, and notes that say how it was measured."""
+    """What a benchmark found: its table, notes that say how it was measured, and what else it shows, in Markdown."""
 
     figures: list[Figure]
     notes: list[str]
+    more: str = ""
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -22,7 +22,7 @@ from benchmarks.bench import Bench, Options, Result, environment, told
 from benchmarks.measure import table
 
 # Those that time whole processes come first: later ones leave torch and a model in this one.
-NAMES = ("startup", "ingest", "cold_ask", "answer", "drift", "metatrain")
+NAMES = ("startup", "ingest", "cold_ask", "answer", "drift", "metatrain", "rows")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = """# Results
 
@@ -45,7 +45,7 @@ def section(name: str, device: str, body: str) -> str:
 
 def body(result: Result, described: str, seconds: float) -> str:
     notes = "\n".join(f"- {note}" for note in [described + f" · took {seconds:.0f} s", *result.notes])
-    return f"{table(result.figures)}\n\n{notes}"
+    return "\n\n".join(filter(None, (table(result.figures), result.more, notes)))
 
 
 def updated(text: str, sections: dict[str, str], order: Sequence[str]) -> str:
@@ -106,8 +106,10 @@ def _chosen(chosen: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 def _place(folder: Path, device: str, chosen: argparse.Namespace) -> Bench:
     folder.mkdir()
     sizes = None if chosen.sizes is None else tuple(chosen.sizes)
-    kept = {field: getattr(chosen, field) for field in ("model", "embedder", "rounds", "questions", "tasks")}
-    return Bench(folder, Options(device=device, sizes=sizes, **kept))
+    names = ("model", "embedder", "rounds", "questions", "tasks", "real_rows", "graph_rows")
+    kept = {field: getattr(chosen, field) for field in names}
+    rows = None if chosen.rows is None else tuple(sorted(chosen.rows))
+    return Bench(folder, Options(device=device, sizes=sizes, rows=rows, **kept))
 
 
 def _measured(name: str, place: Bench) -> str:
@@ -128,6 +130,11 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="repetitions of whole processes")
     parser.add_argument("--questions", type=int, help="questions of answer and drift")
     parser.add_argument("--tasks", type=int, help="tasks that metatrain learns from; --rounds is how often each")
+    parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows of each of the banks of rows")
+    parser.add_argument("--real-rows", type=int, metavar="N", help="rows of one more, as large as the starter's")
+    parser.add_argument(
+        "--graph-rows", type=int, default=1 << 30, metavar="N", help="most rows for which rows builds a graph"
+    )
     parser.add_argument("--model", default="starter")
     parser.add_argument("--embedder", default="minilm")
     chosen = parser.parse_args(arguments)

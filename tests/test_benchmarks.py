@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed with the package
 
 from benchmarks import bench, machine, passages, run  # noqa: E402
-from benchmarks.measure import Figure, Target, interleaved, paired_ratio, run_process, shown, slope, table  # noqa: E402
+from benchmarks.measure import Figure, Ran, Target, interleaved, paired_ratio, run_process, shown, slope, table  # noqa: E402
 
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py"))
 
@@ -315,3 +315,91 @@ def test_operations_are_counted_by_the_formula(tiny_model_folder, tiny_embedder_
     assert flops.count_embedder(tiny_embedder_folder, tokens)[0] == 2 * tokens * encoder + 4 * tokens**2 * width * 2
     found = flops.count(tiny_model_folder, tiny_embedder_folder, tokens)
     assert sum(p.per_token for p in found.products) * tokens == 2 * tokens * (linear + encoder)
+
+
+# ── a million rows ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_growth_is_an_exponent_and_what_should_not_grow_is_marked():
+    from benchmarks import rows
+
+    assert rows.exponent((1_000, 0.2), (10_000, 0.2)) == 0
+    assert rows.exponent((1_000, 0.2), (10_000, 2.0)) == pytest.approx(1)
+    assert rows.exponent((1_000, 4.0), (8_000, 1.0)) == pytest.approx(-2 / 3)
+
+    def column(number, seconds, peak_bytes):
+        ran = Ran(9.0, 9.0, peak_bytes, "")
+        return rows.Column(number, found={step.name: (ran, {"seconds": 9.0, "cpu_s": seconds}) for step in rows.STEPS})
+
+    lines = rows.growth([column(1_000, 1.0, 10**7), column(10_000, 10.0, 10**7 + 9_000 * 900)]).splitlines()
+    assert len(lines) == 2 * (len(rows.STEPS) + 2) + 3
+    for step, seconds, memory in zip(rows.STEPS, lines[2:], lines[-len(rows.STEPS) :], strict=False):
+        assert seconds.split("|")[1].strip() == memory.split("|")[1].strip() == step.name
+        assert seconds.endswith("**grows** |" if step.seconds == "constant" else "as it may |"), seconds
+        assert memory.endswith("as it may |" if step.memory == "embeddings" else "**grows** |"), memory
+    one = rows.growth([column(1_000, 1.0, 10**7)])
+    assert "grows** |" not in one and "as it may" not in one
+
+
+def test_every_operation_on_synthetic_rows_does_what_it_is_timed_for(tmp_path, monkeypatch):
+    import os
+
+    from benchmarks import rows, rowwork
+
+    monkeypatch.setenv("REGRAD_STATE", str(tmp_path / "state"))
+    monkeypatch.setattr("regrad_cli.bank.files.System.fsync", staticmethod(os.fstat))
+    monkeypatch.delenv("REGRAD_INDEX_FROM", raising=False)
+    said = []
+
+    class Inside(bench.Bench):
+        """Does in this process what a benchmark starts processes for."""
+
+        def python(self, module, *arguments):
+            with monkeypatch.context() as patched:
+                patched.setenv("REGRAD_INDEX_FROM", "")  # an operation sets it for its own process
+                clock, (name, folder, *given) = rowwork.Clock(), arguments
+                counted = rowwork.OPERATIONS[name](clock, Path(folder), *rowwork.given(given))
+            said.append((name, counted))
+            return Ran(1.0, 1.0, 10**6, json.dumps({"seconds": clock.seconds, "cpu_s": clock.cpu_s} | counted))
+
+        def run(self, *command):
+            return Ran(0.1, 0.1, 10**6, "")
+
+    options = bench.Options(rows=(512, 1024), graph_rows=512)
+    result = rows.run(Inside(tmp_path, options), options)
+    assert not list(tmp_path.glob("rows-*"))
+    asked = {name for name, _ in said}
+    assert asked == set(rowwork.OPERATIONS)
+    for name, counted in said:
+        assert counted.get("right", 1) == 1 and counted.get("findings", 0) == 0 and counted.get("recall", 1) == 1, name
+    of = dict(said)  # the last of each, on the larger bank
+    assert of["ingest"].items() >= {"documents": 128, "passages": 1024, "dead": 0}.items()
+    assert of["diff"] == {"removed": 1, "added": 0} and of["removing"] == {"passages": 8}
+    assert of["reading"] == {"passages": 1032} and of["verifying"]["rows"] == 1032
+    assert of["compacting"] == {"shards": 1, "rewritten": 0}
+    assert [figure.met for figure in result.figures].count(None) >= 2  # no graph on the larger bank, no target
+    assert "not run" in result.more and "1,024 rows" in result.more
+    assert "No graph above 512 rows" in " ".join(result.notes)
+
+
+def test_synthetic_rows_are_laid_out_as_the_codec_would_lay_them_out():
+    from benchmarks.made_rows import KINDS, rows, settings
+    from regrad_cli.learn.codec import Codec
+
+    for kind in KINDS:
+        made_for = settings(kind)
+        codec = Codec(made_for.codec, made_for.tensors)
+        assert (codec.code_bytes, codec.scale_count) == (made_for.code_bytes, made_for.scale_count)
+    assert settings("starter").code_bytes + 2 * settings("starter").scale_count == 51_300
+    first, again, other = (rows(settings("small"), block, 16) for block in (3, 3, 4))
+    assert first[0] == again[0] and all((a == b).all() for a, b in zip(first[2:], again[2:], strict=True))
+    assert len({passage.training_text for passage in first[0] + other[0]}) == 32
+    assert len({passage.document for passage in first[0]}) == 2
+
+
+def test_an_operation_is_a_process_that_says_what_it_took(tmp_path, monkeypatch):
+    for name, value in bench.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    place = bench.Bench(tmp_path, bench.Options())
+    ran = place.python("rowwork", "ingest", tmp_path, "256", "small")
+    assert json.loads(ran.stdout)["passages"] == 256 and json.loads(ran.stdout)["seconds"] > 0
