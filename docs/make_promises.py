@@ -29,7 +29,8 @@ PROMISES = (
         1,
         "Killed at any moment of `init`, `ingest` (a move to another prior too), `bank rm` or `compact`, the bank "
         "opens at the old or the new snapshot; killed in `bank repair`, it is no worse than it was; killed in `bank "
-        "pack` or `unpack`, what they write is there whole or not at all",
+        "pack` or `unpack`, what they write is there whole or not at all; killed in `meta-train`, it goes on to the "
+        "prior that it would have made",
         ("test_ctrl_c_in_ingest_and_again_to_resume_as_a_process",),
     ),
     Promise(
@@ -114,7 +115,8 @@ PROMISES = (
     ),
     Promise(
         15,
-        "Nothing is written outside of the folder it is meant for, whatever a packed bank holds",
+        "Nothing is written outside of the folder it is meant for, whatever a packed bank holds and whatever stands in "
+        "the place of a bank's files and folders",
         (
             "test_pack_replaces_a_packed_bank_only_when_told_and_nothing_else_ever",
             "test_unpack_takes_a_free_place_only",
@@ -152,7 +154,12 @@ PROMISES = (
         "Weights and prior are the same bits after every answer, also after an exception or Ctrl-C inside it",
         ("test_model_and_prior_are_left_as_they_were", "test_an_answer_left_in_the_middle_leaves_nothing_behind"),
     ),
-    Promise(20, "A newer format, or a feature that this version does not know, is refused"),
+    Promise(
+        20,
+        "A newer format, or a feature that this version does not know, is refused; banks of every released format "
+        "open, hold what they held and can be written to",
+        ("test_the_reader_in_the_formats_page_reads_them_too", "test_every_kind_of_codec_has_a_golden_bank"),
+    ),
     Promise(
         21,
         "Documents cannot forge output: what a terminal would obey is shown, and JSON stays valid",

@@ -38,11 +38,14 @@ class NumpyBert:
         except (SafetensorError, OSError) as error:
             raise ModelUnavailable(f"{path} is damaged: {error}", "fetch the embedder again") from error
         names = set(self._file.keys())
+        self.layers = int(config["num_hidden_layers"])
+        if not 0 <= self.layers <= len(names):
+            raise ModelUnavailable(f"{path} has fewer layers than its config says", "fetch the embedder again")
         prefix = "bert." if "bert.embeddings.word_embeddings.weight" in names else ""
         kinds = {self._file.get_slice(name).get_dtype() for name in names if name.startswith(prefix)}
         if not kinds <= {"F32", "F16", "I64"}:
             raise Unsupported
-        if not self._expected(config) <= {name.removeprefix(prefix) for name in names}:
+        if not self._expected(self.layers) <= {name.removeprefix(prefix) for name in names}:
             raise ModelUnavailable(f"{path} lacks some of a BERT's tensors", "fetch the embedder again")
         # looked up row by row, never read whole: half of a small model is its vocabulary
         self._words = self._file.get_slice(f"{prefix}embeddings.word_embeddings.weight")
@@ -51,14 +54,13 @@ class NumpyBert:
                 tensor = self._file.get_tensor(name)
                 if tensor.dtype != np.int64:
                     self._weights[name.removeprefix(prefix)] = tensor.astype(np.float32, copy=False)
-        self.layers = int(config["num_hidden_layers"])
 
     @staticmethod
-    def _expected(config: dict[str, Any]) -> set[str]:
+    def _expected(layers: int) -> set[str]:
         parts = [f"attention.self.{part}" for part in ("query", "key", "value")]
         parts += ["attention.output.dense", "attention.output.LayerNorm", "intermediate.dense", "output.dense"]
         parts += ["output.LayerNorm"]
-        linear = [f"encoder.layer.{n}.{part}" for n in range(int(config["num_hidden_layers"])) for part in parts]
+        linear = [f"encoder.layer.{n}.{part}" for n in range(layers) for part in parts]
         tables = {f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
         return tables | {f"{name}.{kind}" for name in [*linear, "embeddings.LayerNorm"] for kind in ("weight", "bias")}
 

@@ -154,9 +154,9 @@ class Likeness:
 
     @cached_property
     def _codecs(self) -> list[Codec]:
-        from regrad_cli.learn.codec import Codec
+        from regrad_cli.learn.codec import codec_of
 
-        return [Codec(settings.codec, settings.tensors) for settings in self._settings]
+        return [codec_of(settings) for settings in self._settings]
 
     def _batch(
         self,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # 4 rows 49, 8 rows 47, 32 rows 50 (bfloat16); so few rows, of which a short ingest leaves few empty.
 BUCKET = 32
 ROWS = 8
+MAX_DIMENSION = 1 << 16
 
 POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
@@ -69,12 +70,12 @@ class LightEmbedder:
         self.max_tokens: int = plan["max_tokens"]
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(self.max_tokens)
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelUnavailable(
                 f"{folder}/tokenizer.json is damaged: {error}", "fetch the embedder again"
             ) from error
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self.max_tokens)
         self._single: Any = None
         self._model: Any = None
 
@@ -83,15 +84,19 @@ class LightEmbedder:
 
         from .bert import NumpyBert, Unsupported
 
-        if self._single is None:
-            try:
-                self._single = NumpyBert(self.folder)
-            except Unsupported:
-                self._single = False
         ids = self._tokenizer.encode(text).ids
-        if self._single is False:
+        try:
+            if self._single is None:
+                self._single = NumpyBert(self.folder)
+            hidden = self._single(ids) if self._single is not False else None
+        except Unsupported:
+            self._single, hidden = False, None
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ModelUnavailable(
+                f"{self.folder} has settings that do not fit its weights: {error!r}", "fetch the embedder again"
+            ) from error
+        if hidden is None:
             return self._in_shape([ids], rows=1, dtype="float32")[0]
-        hidden = self._single(ids)
         pooled = hidden[0] if self.pooling == "cls" else hidden.mean(axis=0)
         return _checked(pooled / max(float(np.linalg.norm(pooled)), 1e-12))
 
@@ -227,8 +232,11 @@ def _light_plan(folder: Path) -> dict[str, Any] | None:
         max_tokens = _max_tokens(folder, config)
         if pooling is None or max_tokens is None or _asks_for_prompts(folder):
             return None
-        return {"dimension": int(config["hidden_size"]), "pooling": pooling, "max_tokens": max_tokens}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        dimension = int(config["hidden_size"])
+        if not (0 < dimension <= MAX_DIMENSION and max_tokens > 0):
+            raise ValueError(f"{dimension} dimensions, {max_tokens} tokens")
+        return {"dimension": dimension, "pooling": pooling, "max_tokens": max_tokens}
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelUnavailable(f"{folder} has damaged settings: {error!r}", "fetch the embedder again") from error
 
 

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
+from regrad_cli.errors import Damaged, Mismatch, NonFinite, PriorMismatch, UsageProblem
 from regrad_cli.fingerprints import Fingerprint, fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
 from regrad_cli.records import BankSettings, CodecSettings, Notice, Passage, sha256_hex
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ABSENT = Path("not needed here")
 SHIPPED = "shipped"  # in a prior's place: the one that comes with regrad for this model
+AUTO = "auto"  # in a codec's place: the one that the prior was chosen with
 
 
 def narrated(work: Callable[..., T], found: list[T]) -> Iterator[Notice]:
@@ -99,9 +100,14 @@ class Engine:
 
     @cached_property
     def codec(self) -> Codec:
-        from regrad_cli.learn.codec import Codec
+        from regrad_cli.learn.codec import codec_of
 
-        return Codec(self.settings.codec, self.settings.tensors)
+        if self.settings.tensors != self.prior.shapes:
+            raise PriorMismatch(
+                f"the bank's gradients are of other tensors than its prior '{self.settings.prior_name}'",
+                "take the bank from its source again",
+            )
+        return codec_of(self.settings)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -221,16 +227,19 @@ def new_settings(
 ) -> tuple[BankSettings, bytes]:
     """The settings of a new bank and its prior's bytes; without a prior file, a seeded start that has learned nothing.
 
+    codec   "auto" for the one that the prior was chosen with
     raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior
     """
     from regrad_cli.embed import load_embedder
     from regrad_cli.learn.codec import parse_codec
 
     quiet_libraries()
-    codec_settings = parse_codec(codec)
+    if codec != AUTO:
+        parse_codec(codec)  # before the slow part
     _refuse_too_long(model, chunk_tokens)
     identity = fingerprint(model.path)
     prior = prior_for(model, identity, prior_file, seed=seed)
+    codec_settings = parse_codec(prior.codec if codec == AUTO else codec)
     fields, data = _fields_of(prior, codec_settings)
     settings = BankSettings(
         model=identity.model,

@@ -165,7 +165,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelUnavailable(f"cannot read {path}: {error.strerror}", "name a complete model folder") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelUnavailable(f"{path} is not valid JSON", "fetch or export the model again") from error
 
 
@@ -318,7 +318,7 @@ def _tensors_of(path: Path) -> Iterator[list[Any]]:
                     with view[start + first : start + last] as data:
                         digest = hashlib.sha256(data).hexdigest()
                     yield [name, tensor["dtype"], list(tensor["shape"]), digest]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelUnavailable(f"{path} is damaged: {error}", "fetch or export the model again") from error
     except OSError as error:
         raise ModelUnavailable(f"cannot read {path}: {error.strerror}", "check the file's permissions") from error
@@ -345,7 +345,8 @@ def _remembered(folder: Path, what: str, files: list[Path], compute: Callable[[]
 def _computed(folder: Path, compute: Callable[[], str]) -> str:
     try:
         return compute()
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # valid JSON of another shape, say
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, OverflowError, RecursionError) as error:
+        # valid JSON of another shape, say
         raise ModelUnavailable(f"{folder} is damaged: {error!r}", "fetch or export the model again") from error
 
 

@@ -20,6 +20,7 @@ from regrad_cli.characters import printable_name
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
+_UNPAIRED = {code: 0x10F700 + code - 0xDC00 for code in range(0xDC80, 0xDD00)}  # private to nobody but us
 Ignores = tuple[tuple[Path, "GitIgnoreSpec"], ...]  # folder and its .gitignore, outermost first
 
 
@@ -140,26 +141,45 @@ def _with_folder(ignores: Ignores, folder: Path) -> Ignores:
             lines = file.read(1_000_000).decode("utf-8", "surrogateescape").splitlines()
     except OSError:
         return ignores
-    return (*ignores, (folder, _spec(lines)))
+    return (*ignores, *((folder, spec) for spec in _specs(lines)))
 
 
-def _spec(lines: list[str]) -> GitIgnoreSpec:
+def _specs(lines: list[str]) -> list[GitIgnoreSpec]:
+    """The patterns of a .gitignore: one specification, or several of which the last one that fits decides, where there
+    are more than RE2 takes at once."""
+    whole = _spec(lines)
+    if whole is not None:
+        return [whole]
+    patterns = [line for line in lines if _spec([line]) is not None]  # git passes over a line that is none
+    if len(patterns) < len(lines):
+        return _specs(patterns)
+    half = len(lines) // 2
+    return [*_specs(lines[:half]), *_specs(lines[half:])]
+
+
+def _spec(lines: list[str]) -> GitIgnoreSpec | None:
+    """None where they cannot be compiled. RE2 takes time in proportion to a name's length, where Python's own patterns
+    take ages over a*a*a*a*a*b."""
     from pathspec import GitIgnoreSpec
+    from re2 import error
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of re, about patterns such as [[x]
-            return GitIgnoreSpec.from_lines(lines)
-    except (ValueError, re.error):
-        if len(lines) == 1:
-            return GitIgnoreSpec.from_lines([])  # a line that is no pattern; git passes over it
-        return GitIgnoreSpec([pattern for line in lines for pattern in _spec([line]).patterns])
+            return GitIgnoreSpec.from_lines([_plain(line) for line in lines], backend="re2")
+    except (ValueError, re.error, error):
+        return None
+
+
+def _plain(name: str) -> str:
+    """A name whose bytes that are no UTF-8 are characters that no name has: RE2 takes no halves of characters."""
+    return name.translate(_UNPAIRED)
 
 
 def _ignored(ignores: Ignores, path: Path, is_folder: bool) -> bool:
     for folder, spec in reversed(ignores):
         relative = path.relative_to(folder).as_posix()
-        include = spec.check_file(relative + "/" if is_folder else relative).include
+        include = spec.check_file(_plain(relative + "/" if is_folder else relative)).include
         if include is not None:
             return include
     return False

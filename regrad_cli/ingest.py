@@ -71,7 +71,7 @@ def initialise(
     model: str = "starter",
     prior: Path | None = None,
     embedder: str = "minilm",
-    codec: str = "r1-int4",
+    codec: str = "auto",
     chunk_tokens: int = 192,
     chunk_overlap: int = 24,
     keep_text: bool = True,

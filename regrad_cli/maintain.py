@@ -99,14 +99,15 @@ class Recoder:
     """Gradients of a bank's codec as gradients of another, on a device.
 
     settings   the bank's, with the other codec and the row's layout that follows from it
-    raises     UsageProblem for what is no codec; ModelUnavailable where the device is not there
+    raises     UsageProblem for what is no codec; Damaged where the bank's own is none; ModelUnavailable where the
+               device is not there
     """
 
     def __init__(self, settings: BankSettings, name: str, device: str) -> None:
-        from regrad_cli.learn.codec import Codec, parse_codec
+        from regrad_cli.learn.codec import Codec, codec_of, parse_codec
         from regrad_cli.learn.model import choose_device
 
-        self._old = Codec(settings.codec, settings.tensors)
+        self._old = codec_of(settings)
         self._new = Codec(parse_codec(name), settings.tensors)
         self._device = choose_device(device)
         layout = {"code_bytes": self._new.code_bytes, "scale_count": self._new.scale_count}

@@ -190,14 +190,15 @@ def _complete_embedder(folder: Path) -> Path:
             foreign = [m["type"] for m in modules if not m["type"].startswith("sentence_transformers.")]
             root = folder.resolve()
             outside = [m["path"] for m in modules if not (root / m["path"]).resolve().is_relative_to(root)]
-        except (KeyError, TypeError, AttributeError) as error:
+            first = folder / modules[0]["path"] if modules else folder
+            first.is_dir()  # raises where no folder can have that name
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:  # names that are none among them
             raise ModelUnavailable(f"{modules_file} is damaged", "fetch or export the embedder again") from error
         if foreign or outside:
             raise ModelUnavailable(
                 f"{folder} asks for code of its own ({(foreign or outside)[0]}), which is never run",
                 "choose an embedder made of sentence-transformers' own modules",
             )
-        first = folder / modules[0]["path"] if modules else folder
     else:
         first = folder
     _config(first)

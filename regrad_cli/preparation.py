@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from regrad_cli.answer import Answerer
 from regrad_cli.bank import open_bank
 from regrad_cli.drift import Growth
-from regrad_cli.engine import narrated, prior_for
+from regrad_cli.engine import AUTO, narrated, prior_for
 from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evidence import Asked, Evidence, OwnGradients, derangement, found_evidence, own_passages
 from regrad_cli.fingerprints import Fingerprint, fingerprint
@@ -47,7 +47,7 @@ class EvaluateOptions:
     baselines   prior files whose card names what they were fine-tuned for
     prior       θ; None for the bank's, or for what a new bank of this model starts from
     model       without a bank, the model; with one, another place of the bank's model
-    codec       what gradients go through without a bank; None for none
+    codec       what gradients go through without a bank: "auto" for the prior's own, None for none
     limit       the most questions of a file
     k, search, min_score as `ask` has them
     corpus      more tasks files, whose passages are added in mode cpt and in measurements of drift
@@ -61,7 +61,7 @@ class EvaluateOptions:
     prior: Path | None = None
     model: str | None = None
     embedder: str = "minilm"
-    codec: str | None = "r1-int4"
+    codec: str | None = AUTO
     limit: int | None = None
     k: int | None = None
     search: str = "auto"
@@ -195,11 +195,14 @@ class Bench:
     @cached_property
     def codec(self) -> Codec | None:
         """What the gradients go through, or have gone through."""
-        from regrad_cli.learn.codec import Codec, parse_codec
+        from regrad_cli.learn.codec import Codec, codec_of, parse_codec
 
         if self.answerer is not None:
-            return Codec(self.answerer.settings.codec, self.answerer.settings.tensors)
-        return None if self.options.codec is None else Codec(parse_codec(self.options.codec), self.prior.shapes)
+            return codec_of(self.answerer.settings)
+        if self.options.codec is None:
+            return None
+        name = self.prior.codec if self.options.codec == AUTO else self.options.codec
+        return Codec(parse_codec(name), self.prior.shapes)
 
     def _gather(self) -> Iterator[Notice | Progress]:
         """What each question is answered from; tasks whose passages have no gradient are left out."""
@@ -280,7 +283,7 @@ class Bench:
             passages=tuple(dict.fromkeys([*passages, *self.corpus])),
             sizes=tuple(sorted(set(options.drift))),
             embedder=options.embedder,
-            codec=str(self.codec.settings) if self.codec else "r1-int4",
+            codec=str(self.codec.settings) if self.codec else AUTO,
             device=options.device,
             dtype=options.dtype,
             k=options.k,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +15,11 @@ from typing import Any, NamedTuple
 def canonical_json(value: Any) -> str:
     """One spelling for one value: keys sorted, no spaces, UTF-8 kept. What is hashed is always this text."""
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def canonical_object(spelled: Mapping[str, str]) -> str:
+    """Canonical JSON of an object whose values are that already; names that need no escapes."""
+    return "{" + ",".join(f'"{name}":{spelled[name]}' for name in sorted(spelled)) + "}"
 
 
 def sha256_hex(data: bytes | str) -> str:

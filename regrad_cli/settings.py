@@ -56,7 +56,7 @@ class Setting:
         if self.kind in ("int", "float", "score"):
             return self._number(value, where)
         if not isinstance(value, str) or not value:
-            raise UsageProblem(f"{where}: {self.name} takes text, not {value!r}")
+            raise UsageProblem(f"{where}: {self.name} takes text, not {value!r}", "leave it out, or name something")
         if self.kind == "choice" and value not in self.choices:
             near = get_close_matches(value, self.choices, 1)
             hint = f"did you mean '{near[0]}'?" if near else ""
@@ -83,9 +83,10 @@ class Setting:
             raise wrong
         try:
             number = kind(value)
-        except (TypeError, ValueError):
+            is_finite = math.isfinite(number)
+        except (TypeError, ValueError, OverflowError):  # the last for a whole number that no float can be
             raise wrong from None
-        if not math.isfinite(number) or (self.minimum is not None and number < self.minimum):
+        if not is_finite or (self.minimum is not None and number < self.minimum):
             raise wrong
         return number
 
@@ -97,7 +98,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("model", "starter", "text", "language model of a new bank", of_bank=True),
         Setting("prior", None, "text", "prior of a new bank, a file", of_bank=True),
         Setting("embedder", "minilm", "text", "embedder of a new bank", of_bank=True),
-        Setting("codec", "r1-int4", "text", "how gradients are stored in a new bank", of_bank=True),
+        Setting("codec", "auto", "text", "how gradients are stored in a new bank", of_bank=True),
         Setting("chunk_tokens", 192, "int", "most tokens of a passage in a new bank", minimum=16, of_bank=True),
         Setting("chunk_overlap", 24, "int", "tokens that neighbours share in a new bank", minimum=0, of_bank=True),
         Setting("keep_text", True, "bool", "whether a new bank keeps the passages' text", of_bank=True),
@@ -167,7 +168,7 @@ def read_config(file: Path) -> dict[str, Any]:
         data = tomllib.loads(file.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML's own error is a ValueError, as that of a very long number
         raise UsageProblem(f"{file} is not TOML: {error}", "mend or remove it; every setting has a default") from None
     except OSError as error:
         raise UsageProblem(f"{file} cannot be read: {error.strerror}", "mend its permissions or remove it") from None

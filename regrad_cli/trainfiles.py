@@ -95,7 +95,7 @@ class TrainFiles:
             found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["settings"])
             if isinstance(found, dict):
                 return found
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise self.damaged()
 
@@ -107,9 +107,11 @@ class TrainFiles:
         found = []
         with suppress(OSError):
             for line in self.metrics.read_bytes().splitlines(keepends=True):
-                with suppress(ValueError, KeyError, TypeError):  # a line that a kill or a full disk cut off
+                with suppress(ValueError, RecursionError):  # a line that a kill or a full disk cut off
                     entry = json.loads(line)
-                    if entry["step"] <= (validated if "losses" in entry else step) and line.endswith(b"\n"):
+                    if not _is_entry(entry) or not line.endswith(b"\n"):
+                        continue
+                    if entry["step"] <= (validated if "losses" in entry else step):
                         found.append((entry, line))
         self.entries = [entry for entry, _ in found]
         with self._storage("write", self.metrics):
@@ -151,7 +153,8 @@ class TrainFiles:
         lines = {"training": [(group[-1][0], sum(loss for _, loss in group) / len(group)) for group in groups]}
         for entry in self.entries:
             for name, loss in entry.get("losses", {}).items():
-                lines.setdefault(f"dev: {name}", []).append((entry["step"], loss))
+                if loss is not None:
+                    lines.setdefault(f"dev: {name}", []).append((entry["step"], loss))
         return line_chart("Answer loss", lines, "step", "mean cross-entropy, nats a token")
 
     def _replace(self, path: Path, data: bytes) -> None:
@@ -181,6 +184,22 @@ class TrainFiles:
                 f"could not {verb} {path}: {error.strerror or error}",
                 "make room and run the same command again: it goes on from what was kept before",
             ) from error
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether it is what `note` writes, as far as it is read again."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int or abs(value["step"]) > 1 << 40:
+        return False
+    losses, skipped = value.get("losses", {}), value.get("skipped", [])
+    if not isinstance(losses, dict) or not isinstance(skipped, list):
+        return False
+    numbers = [*losses.values(), value.get("loss"), value.get("elapsed_s", 0.0)]
+    told = all(isinstance(each, str) for each in skipped)
+    return told and value.get("elapsed_s", 0.0) is not None and all(map(_is_number_or_none, numbers))
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300)
 
 
 def _part(path: Path) -> Path:

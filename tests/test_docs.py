@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FORMAT = (ROOT / "docs" / "bank-format.md").read_text(encoding="utf-8")
 COMMANDS = dict(runpy.run_path(str(ROOT / "docs" / "make_commands.py"))["walk"](typer.main.get_command(app), "regrad"))
 PROMISES = runpy.run_path(str(ROOT / "docs" / "make_promises.py"))
-PLACES = ("regrad_cli/", "tests/", "examples/", "benchmarks/", "docs/", ".ci/")
+PLACES = ("regrad_cli/", "tests/", "examples/", "benchmarks/", "reliability/", "docs/", ".ci/")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -139,6 +139,30 @@ def test_gitignore_files_are_honoured_as_git_honours_them(tmp_path: Path) -> Non
     assert set(texts(read(tmp_path, base=tmp_path))) == expected
 
 
+@pytest.mark.parametrize("line", ["a*" * 40 + "b", "**/" + "a/**/" * 40 + "b", "*" * 3000 + "b", "?" * 30_000])
+def test_promise_16_a_gitignore_takes_time_in_proportion_to_the_names(tmp_path: Path, line: str) -> None:
+    """Python's own patterns take longer than anybody waits over the first one."""
+    deep = "a/" * 60
+    write(tmp_path, {".git/HEAD": "x", ".gitignore": f"*.log\n{line}\n!keep.log\n", deep + "x.txt": "A"})
+    write(tmp_path, {"a" * 250: "A", "b.log": "L", "keep.log": "L"})
+    started = time.process_time()
+    assert set(texts(read(tmp_path, base=tmp_path))) == {"a" * 250, "keep.log", deep + "x.txt"}
+    assert time.process_time() - started < 3
+
+
+def test_a_gitignore_of_more_patterns_than_are_compiled_at_once_holds_as_a_whole(tmp_path: Path) -> None:
+    many = "".join(f"*a{number}*b*c{number}*\n" for number in range(4000))
+    names = ["xa7ybzc7", "xa3999ybzc3999", "xa7yb", "keep.log", "b.log"]
+    write(tmp_path, {".git/HEAD": "x", ".gitignore": f"*.log\n{many}!keep.log\n"} | dict.fromkeys(names, "A"))
+    assert set(texts(read(tmp_path, base=tmp_path))) == {"xa7yb", "keep.log"}
+
+
+def test_a_gitignore_and_names_of_other_encodings_than_utf8_go_together(tmp_path: Path) -> None:
+    write(tmp_path, {".git/HEAD": "x", ".gitignore": b"caf\xe9*\n", "cafe": "A"})
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("B", encoding="utf-8")
+    assert set(texts(read(tmp_path, base=tmp_path))) == {"cafe"}
+
+
 def test_gitignore_of_the_repository_holds_below_it_but_not_for_what_was_named(tmp_path: Path) -> None:
     write(tmp_path, {".git/HEAD": "x", ".gitignore": "*.log\nbuild/\n", "d/a.txt": "A", "d/a.log": "L"})
     write(tmp_path, {"build/b.txt": "B", "build/b.log": "BL"})

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from regrad_cli import bert, embed
+from regrad_cli import bert, embed, models
 from regrad_cli.errors import ModelUnavailable, NonFinite
 
 TEXTS = [
@@ -233,3 +233,39 @@ def test_the_real_embedders_vectors_are_sentence_transformers_own_and_need_no_ne
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_a_real_vector_has_the_same_bits_at_every_row_among_any_neighbours(dtype: str, embedder_folder: Path) -> None:
     assert_own_bits(embedder_folder, dtype, (32, 96, 224))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"num_hidden_layers": None}),
+        ("config.json", {"num_hidden_layers": 1 << 60}),
+        ("config.json", {"num_attention_heads": 3}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"layer_norm_eps": "small"}),
+        ("config.json", {"hidden_size": 1 << 40}),
+        ("config.json", {"max_position_embeddings": -1}),
+        ("tokenizer.json", {"model": {}}),
+    ],
+    ids=str,
+)
+def test_promise_16_an_embedder_whose_settings_cannot_be_is_refused(
+    tiny_embedder_folder: Path, tmp_path: Path, file: str, changes: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(tiny_embedder_folder, tmp_path / "embedder"))
+    value = json.loads((folder / file).read_bytes())
+    (folder / file).write_text(json.dumps(value | changes), encoding="utf-8")
+    with pytest.raises(ModelUnavailable):
+        embed.load_embedder(folder).encode_query("Seven keys.")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "n" * 300, "\ud800", 5])
+def test_promise_16_an_embedder_whose_modules_have_names_that_cannot_be_is_refused(
+    tiny_embedder_folder: Path, tmp_path: Path, path: object
+) -> None:
+    folder = Path(shutil.copytree(tiny_embedder_folder, tmp_path / "embedder"))
+    modules = json.loads((folder / "modules.json").read_bytes())
+    modules[0]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    with pytest.raises(ModelUnavailable, match="is damaged"):
+        models.resolve_embedder(str(folder))

@@ -17,6 +17,7 @@ from test_answer import write_prior
 from use_cases import answered, ingest
 
 from regrad_cli.answer import Answerer
+from regrad_cli.bank import open_bank
 from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evaluate import EvaluateOptions, evaluate
 from regrad_cli.evidence import derangement, read_questions
@@ -662,6 +663,25 @@ def test_the_commands_json_has_the_names_that_others_rely_on(
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert len(lines) == 18 and {"question", "mode", "answer", "em", "f1", "seconds"} <= set(lines[0])
     assert "Which ferry 0 has Tarn?" in report.read_text()
+
+
+def test_the_codec_is_the_priors_own_unless_one_is_named(
+    files: tuple[Path, Path], tiny_model_folder: Path, tiny_embedder_folder: Path, prior_file: Path, tmp_path: Path
+) -> None:
+    from regrad_cli.learn.prior import Prior
+
+    prior = Prior.from_bytes(prior_file.read_bytes())
+    chosen = tmp_path / "chosen.safetensors"
+    chosen.write_bytes(replace(prior, card=prior.card | {"codec": "r3-int8"}).to_bytes())
+    words = [*files, "--model", tiny_model_folder, "--prior", chosen, "--modes", "regrad", "--limit", "1", "--json"]
+    assert command(*words).document["settings"]["codec"] == "r3-int8"
+    assert command(*words, "--codec", "int8").document["settings"]["codec"] == "int8"
+    for number, (options, codec) in enumerate([({}, "r3-int8"), ({"codec": "int8"}, "int8")]):
+        bank = use_cases.make_bank(
+            tmp_path / str(number), tiny_model_folder, tiny_embedder_folder, prior=chosen, **options
+        )
+        with open_bank(bank) as opened:
+            assert str(opened.settings.codec) == codec
 
 
 def test_from_a_bank_the_command_tells_recall(files: tuple[Path, Path], made_bank: Path) -> None:

@@ -24,7 +24,7 @@ def test_flag_beats_variable_beats_bank_beats_config_beats_default():
     for wanted in expected:
         assert resolve("codec", **everything) == wanted
         del everything[next(iter(everything))]
-    assert resolve("codec") == ("r1-int4", "default")
+    assert resolve("codec") == ("auto", "default")
 
 
 def test_bank_decides_only_what_it_was_made_with():
@@ -105,3 +105,12 @@ def test_config_file_that_is_not_utf8_is_an_error_not_a_crash(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageProblem):
         read_config(file)
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000, "1" * 400])
+def test_a_config_file_of_numbers_and_brackets_without_end_is_a_usage_problem(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "config.toml"
+    for name in ("k", "gamma"):
+        file.write_text(f"{name} = {value}\n", encoding="utf-8")
+        with pytest.raises(UsageProblem):
+            Settings({}, read_config(file), file).value(name)

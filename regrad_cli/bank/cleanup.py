@@ -42,10 +42,8 @@ def clear_leftovers(bank: Path, newest: Manifest) -> None:
 
 
 def empty_folder(folder: Path) -> None:
-    """Removes whatever lies in one of the bank's folders, as far as it can be removed. A link is none of them: what it
-    leads to is somebody else's."""
-    if folder.is_symlink():
-        return
+    """Removes whatever lies in one of the bank's folders, as far as it can be removed; none is a link, or the lock would
+    have been refused."""
     with suppress(OSError):
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
@@ -54,12 +52,11 @@ def empty_folder(folder: Path) -> None:
                 files.discard(entry)
 
 
-def drop_snapshots(bank: Path, numbers: Sequence[int], newest: Manifest) -> None:
+def drop_snapshots(bank: Path, manifests: Sequence[Manifest], newest: Manifest) -> None:
     """Drops these snapshots, but for those a reader has locked, and the files that only they named."""
     freed: set[str] = set()
-    for number in numbers:
-        manifest = _manifest(bank, number)
-        if manifest is not None and _drop(bank, number):
+    for manifest in manifests:
+        if _drop(bank, manifest.number):
             freed.update(name for name, _ in manifest.files())
     remove_unnamed(bank, freed - {name for name, _ in newest.files()})
 
@@ -86,7 +83,7 @@ def _drop(bank: Path, number: int) -> bool:
 def unread(bank: Path, number: int) -> Iterator[bool]:
     """Keeps readers from a snapshot for the length of the block; False where it cannot: one has it, or it is gone."""
     try:
-        fd = os.open(bank / layout.snapshot_name(number), os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(bank / layout.snapshot_name(number), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         yield False
         return

@@ -12,18 +12,25 @@ import os
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
-from regrad_cli.bank.manifest import Manifest
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
+from regrad_cli.errors import StorageFailed
 
 
-def link_manifest(bank: Path, manifest: Manifest) -> None:
+def link_manifest(bank: Path, manifest: Manifest) -> Manifest:
     """Gives a manifest its name, and its copy before that. The caller syncs snapshots/, which makes both durable.
+    Returns it with its own hash filled in.
 
     The manifest lies in tmp/ before its copy is named and until it is linked. So what a crash left is told from a loss:
     a copy without its manifest is the first if tmp/ has the same bytes (`lost_snapshot` in opening.py).
 
-    raises  FileExistsError if the number is taken, OSError; neither leaves a copy behind
+    raises  FileExistsError if the number is taken, OSError, StorageFailed for one that no reader would take for a
+            manifest; none leaves a copy behind
     """
-    data = manifest.to_bytes()[0]
+    data, manifest = manifest.to_bytes()
+    if len(data) > MANIFEST_LIMIT:
+        raise StorageFailed(
+            "the bank has too many shards for one manifest", "ingest more documents at a time into a new bank"
+        )
     target, copy = bank / manifest.name, bank / layout.copy_name(manifest.number)
     temporary = files.write_temporary(bank / "tmp", [data])
     try:
@@ -36,3 +43,4 @@ def link_manifest(bank: Path, manifest: Manifest) -> None:
             files.discard(copy)
         files.discard(temporary)
         raise
+    return manifest

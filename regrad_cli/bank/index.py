@@ -55,13 +55,18 @@ def _coverage(manifest: Manifest, entry: IndexEntry) -> str:
     return sha256_hex(canonical_json([manifest.bank, shards, entry.rows, entry.dimension]))
 
 
-def due(manifest: Manifest) -> bool:
+def lies_in(bank: Path, manifest: Manifest) -> bool:
+    """Whether the manifest has a graph and its file is there: in a bank that was packed and unpacked it is not."""
+    return manifest.index is not None and (bank / layout.content_name("index", manifest.index.sha256)).exists()
+
+
+def due(bank: Path, manifest: Manifest) -> bool:
     """Whether an ingest that ends now should build a graph: the bank is large, and too much is not covered."""
     live = manifest.counts.passages
     if live < threshold():
         return False
     entry = manifest.index
-    if entry is None:
+    if entry is None or not lies_in(bank, manifest):
         return True
     outside = sum(shard.live for shard in manifest.shards[entry.shards :])
     return outside > EXTEND_SHARE * live or _worn(manifest, entry)

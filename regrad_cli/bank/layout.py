@@ -5,7 +5,9 @@ Every file but `lock` is written once; those outside `snapshots/` are named by t
 
 from __future__ import annotations
 
+import errno
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ BANK_FOLDER = ".gbank"
 SUFFIXES = {"shards": ".safetensors", "docs": ".jsonl", "priors": ".safetensors", "index": ".hnsw"}
 FOLDERS = ("snapshots", *SUFFIXES, "tmp", "quarantine")
 
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.[a-z]+)\Z")
 _SNAPSHOT_NAME = re.compile(r"([0-9]{8,12})\.(json|copy)\Z")
 
@@ -42,27 +45,44 @@ def snapshot_numbers(bank: Path, kind: str = "json") -> list[int]:
     """Numbers of the snapshots whose manifests (or, of kind "copy", whose copies) exist, ascending; [] if there is no
     such folder."""
     numbers = []
-    try:
-        for entry in (bank / "snapshots").iterdir():
-            match = _SNAPSHOT_NAME.match(entry.name)
-            if match and match[2] == kind and f"{int(match[1]):08d}" == match[1]:
-                numbers.append(int(match[1]))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    for name in _names_in(bank / "snapshots"):
+        match = _SNAPSHOT_NAME.match(name)
+        if match and match[2] == kind and f"{int(match[1]):08d}" == match[1]:
+            numbers.append(int(match[1]))
     return sorted(numbers)
 
 
 def content_files(bank: Path) -> Iterator[str]:
     """Names, inside the bank, of all files that are named by their content; a stranger's files are not listed."""
     for folder, suffix in SUFFIXES.items():
-        try:
-            entries = sorted((bank / folder).iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        for entry in entries:
-            match = _CONTENT_NAME.match(entry.name)
+        for name in sorted(_names_in(bank / folder)):
+            match = _CONTENT_NAME.match(name)
             if match and match[1] == suffix:
-                yield f"{folder}/{entry.name}"
+                yield f"{folder}/{name}"
+
+
+def _names_in(folder: Path) -> list[str]:
+    """[] where there is no such folder"""
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return []
+        raise
+
+
+def strange_folders(bank: Path) -> Iterator[tuple[str, str]]:
+    """(name, what it is) of what stands in the place of one of the bank's folders. A link is no folder of it, wherever
+    it leads: what is written through it lies elsewhere."""
+    for name in FOLDERS:
+        try:
+            mode = (bank / name).lstat().st_mode
+        except OSError:
+            continue  # what is missing is made; anything else is met where the folder is used
+        if stat.S_ISLNK(mode):
+            yield name, "is a link, and nothing is written through one"
+        elif not stat.S_ISDIR(mode):
+            yield name, "is no folder"
 
 
 def looks_like_a_bank(path: Path) -> bool:

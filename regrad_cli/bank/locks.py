@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
+from regrad_cli.bank.damage import DamagedFile
 from regrad_cli.errors import Locked, StorageFailed
+
+NO_LINKS = (
+    "put a folder in its place, with what it leads to, or take it away: `regrad bank repair` then sees to the rest; "
+    "the bank's folder itself may be a link"
+)
+TAKE_IT_AWAY = "take it away: a writer makes a new one"
+_NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV}  # a link, a folder, a socket, a device of nothing
 
 
 @contextlib.contextmanager
@@ -19,8 +29,11 @@ def hold_lock(bank: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Holds the bank's exclusive lock; the system lets go of it when the process dies, however it dies.
 
     wait_s   how long to wait for another writer
-    raises   Locked naming the holder; StorageFailed where the file system has no locks
+    raises   Locked naming the holder; DamagedFile where a link or another thing stands for the lock or for a folder,
+             for who writes through one writes elsewhere; StorageFailed where the file system has no locks
     """
+    for name, what in layout.strange_folders(bank):
+        raise DamagedFile(name, what, hint=NO_LINKS)
     path = bank / layout.LOCK_FILE
     deadline = time.monotonic() + wait_s
     pause_s = 0.02
@@ -47,8 +60,15 @@ def hold_lock(bank: Path, wait_s: float = 0.0) -> Iterator[None]:
 def _try(path: Path) -> int | None:
     """The lock's descriptor, or None while another process holds it."""
     with files.storage("open the bank's lock"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                raise DamagedFile(layout.LOCK_FILE, "is no file of the bank's own", hint=TAKE_IT_AWAY) from error
+            raise
     try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise DamagedFile(layout.LOCK_FILE, "is no file of the bank's own", hint=TAKE_IT_AWAY)
         try:
             got = files.lock_exclusive(fd)
         except OSError as error:
@@ -87,5 +107,5 @@ def _holder(path: Path) -> str:
         with path.open("rb") as file:
             value = json.loads(file.read(1000))
         return f" (pid {int(value['pid'])} on {str(value['host'])[:64]})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""

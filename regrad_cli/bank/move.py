@@ -69,7 +69,7 @@ class MovingWriter(Writer):
         manifest = self.snapshot.manifest
         if manifest.operation == UNDER_WAY:  # go on in the run that was interrupted: one snapshot stays of both
             self._run = manifest.run
-            self._own = [manifest.number]
+            self._own = [manifest]
         return self
 
     @property

@@ -63,6 +63,8 @@ def check_format(path: Path) -> None:
     if not layout.looks_like_a_bank(path):
         raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
     try:
+        if (path / layout.FORMAT_FILE).is_symlink():  # whose first bytes the error below would tell
+            raise DamagedFile(layout.FORMAT_FILE, "is a link")
         with Folder(path).open(layout.FORMAT_FILE) as region:
             found = region.read(0, min(region.length, 64))
     except DamagedFile as error:
@@ -117,7 +119,7 @@ def lost_snapshot(path: Path) -> int | None:
         return None
     with suppress(OSError):
         copy = path / layout.copy_name(copies[-1])
-        size = copy.stat().st_size
+        size = copy.stat().st_size if copy.is_file() else -1
         for entry in os.scandir(path / "tmp"):
             same_size = entry.is_file(follow_symlinks=False) and entry.stat().st_size == size <= MANIFEST_LIMIT
             if same_size and Path(entry.path).read_bytes() == copy.read_bytes():

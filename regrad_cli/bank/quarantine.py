@@ -38,7 +38,7 @@ def _take(bank: Path, name: str, *, moves: bool) -> str | None:
     path, target = bank / name, _free(bank, name)
     if not (path.is_symlink() or path.exists()):
         return None
-    if moves or not path.is_file():
+    if moves or path.is_symlink() or not path.is_file():
         files.SYSTEM.rename(path, target)
         files.sync_folder(path.parent)
     else:

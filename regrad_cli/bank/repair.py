@@ -244,9 +244,9 @@ class Repairer:
             writer_flags=base.writer_flags if move is not None else tuple(set(base.writer_flags) - {MOVE}),
             move=move,
         )
-        link_manifest(self.path, manifest)
+        manifest = link_manifest(self.path, manifest)
         files.sync_folder(self.path / "snapshots")
-        return manifest.to_bytes()[1]
+        return manifest
 
     def _shards(self, part: Manifest | Move, settings: BankSettings) -> tuple[ShardEntry, ...]:
         """The part's shards, those that are broken written anew; one of which nothing is left is left out."""

@@ -225,7 +225,10 @@ class Snapshot:
         exact = {int(document_id(name), 16)}
         prefix = name.lower() if 4 <= len(name) <= 16 and not set(name.lower()) - set("0123456789abcdef") else None
         found: set[int] = set()
-        for position in range(len(self.manifest.shards)):
+        meant = [(document_id(name),) * 2] + ([(prefix.ljust(16, "0"), prefix.ljust(16, "f"))] if prefix else [])
+        for position, shard in enumerate(self.manifest.shards):
+            if not any(shard.first <= end and start <= shard.last for start, end in meant):
+                continue
             reader = self._reader(position)
             numbers = np.unique(reader.documents()[reader.live()])
             if prefix is not None:

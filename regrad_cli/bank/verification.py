@@ -69,6 +69,8 @@ def verify(
         raise
     except RegradError as error:
         yield Finding(layout.FORMAT_FILE, error.finding.what if isinstance(error, DamagedFile) else error.message)
+    for name, what in layout.strange_folders(path):
+        yield Finding(name, what)
     store = Folder(path)
     numbers = layout.snapshot_numbers(path)
     if not numbers:
@@ -91,7 +93,7 @@ def verify(
         for name in layout.content_files(path):
             if name not in named:
                 yield Finding(name, "belongs to no snapshot; the next ingest clears it", note=True)
-    if (path / "tmp").is_dir():
+    if (path / "tmp").is_dir() and not (path / "tmp").is_symlink():
         for entry in sorted((path / "tmp").iterdir()):
             yield Finding(f"tmp/{entry.name}", "is a leftover; the next ingest clears it", note=True)
 

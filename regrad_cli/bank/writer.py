@@ -26,7 +26,7 @@ from regrad_cli.bank.building import build_shard
 from regrad_cli.bank.commit import link_manifest
 from regrad_cli.bank.create import TOOL, now
 from regrad_cli.bank.locks import hold_lock
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, SHARD_ROWS, Counts, Manifest, ShardEntry
+from regrad_cli.bank.manifest import SHARD_ROWS, Counts, Manifest, ShardEntry
 from regrad_cli.bank.opening import check_format, newest_manifest
 from regrad_cli.bank.shards import ShardReader
 from regrad_cli.bank.snapshot import Snapshot
@@ -66,7 +66,7 @@ class Writer:
         self._wait_s = wait_s
         self._run = secrets.token_hex(8)
         self._stack = ExitStack()
-        self._own: list[int] = []  # numbers of the snapshots this writer committed, the older ones dropped again
+        self._own: list[Manifest] = []  # of the snapshots this writer committed; the older ones are dropped again
         self._broken = False
         self._documents: Counter[int] | None = None
         self._forget_staged()
@@ -235,17 +235,12 @@ class Writer:
             tool=TOOL,
             run=self._run,
         )
-        data, manifest = manifest.to_bytes()
-        if len(data) > MANIFEST_LIMIT:
-            raise StorageFailed(
-                "the bank has too many shards for one manifest", "ingest more documents at a time into a new bank"
-            )
         with files.storage("write to the bank"):
             # From the link until the folder is synced nobody can say which snapshot survives a power cut; a writer that
             # is stopped in between (a disk error, Ctrl-C) does not go on.
             self._broken = True
             try:
-                link_manifest(self.path, manifest)
+                manifest = link_manifest(self.path, manifest)
             except FileExistsError as error:
                 raise Locked(
                     f"another process took snapshot {manifest.number}", "run the same command again: its work is kept"
@@ -254,7 +249,7 @@ class Writer:
                 self._broken = (self.path / manifest.name).exists()
                 raise
             self.snapshot = Snapshot(Folder(self.path), manifest)
-            self._own.append(manifest.number)
+            self._own.append(manifest)
             files.sync_folder(self.path / "snapshots")
             self._broken = False
         if len(self._own) > 2:  # one older snapshot stays beside the newest while the work goes on
@@ -300,7 +295,7 @@ class Writer:
         """
         self._refuse_if_broken()
         manifest = self.snapshot.manifest
-        if index.due(manifest) and (self._own or manifest.index is None):
+        if index.due(self.path, manifest) and (self._own or not index.lies_in(self.path, manifest)):
             self._rebuild_index(manifest, report)
         cleanup.drop_snapshots(self.path, self._own[:-1], self.snapshot.manifest)
         del self._own[:-1]

@@ -67,7 +67,7 @@ def evaluate(
         typer.Option(
             "--codec",
             metavar="none|CODEC",
-            help="What gradients go through without a bank: none (fp32), r1-int4, r2-int4, int4, int8.",
+            help="What gradients go through without a bank: r1-int4, int8 …, none (fp32); the prior's own if not set.",
         ),
     ] = None,
     limit: Annotated[

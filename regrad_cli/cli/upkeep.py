@@ -24,7 +24,7 @@ def compact(
     ] = 0,
     codec: Annotated[
         str | None,
-        typer.Option("--codec", metavar="CODEC", help="Store all gradients anew: r1-int4, r2-int4, int4, int8."),
+        typer.Option("--codec", metavar="CODEC", help="Store all gradients anew: r1-int4, r4-int4, int8 …"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")] = False,
     yes: Yes = False,

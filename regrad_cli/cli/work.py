@@ -64,7 +64,11 @@ def init(
     ] = None,
     codec: Annotated[
         str | None,
-        typer.Option("--codec", metavar="CODEC", help="How gradients are stored: r1-int4, r2-int4, int4, int8."),
+        typer.Option(
+            "--codec",
+            metavar="CODEC",
+            help="How gradients are stored: r1-int4, int8 …; the prior's own if not set.",
+        ),
     ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option("--chunk-tokens", metavar="N", help="Most tokens of a passage; 192 if not set.")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from regrad_cli.errors import Damaged
-from regrad_cli.learn.prior import Prior
+from regrad_cli.learn.prior import STEEPEST, Prior
 
 Tensors = dict[str, torch.Tensor]
 FORMAT = "regrad training 1"
@@ -149,28 +149,48 @@ class Training:
             if card["format"] != FORMAT:
                 raise ValueError("another format")
             tensors = load(data)
-            broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-            if broken:
-                raise ValueError(f"{broken[0]} is not finite")
-            for name, parameter in zip(self._names, self._theta, strict=True):
-                parameter.copy_(tensors[f"theta.{name}"])
-            self._logs.copy_(tensors["logs"])
-            if card["updates"]:
-                for name, parameter in zip([*self._names, "logs"], [*self._theta, self._logs], strict=True):
-                    self._adam.state[parameter] = {
-                        "step": torch.tensor(float(card["updates"])),
-                        "exp_avg": tensors[f"exp_avg.{name}"].clone(),
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].clone(),
-                    }
-            self.step = int(card["step"])
-            self.failed = int(card.get("failed", 0))
-            self.validated = int(card.get("validated", self.step))
-            best = card["best"]
-            if best is not None:
-                theta = {name: tensors[f"best.{name}"] for name in self._names}
-                self.best = Best(best["step"], best["score"], best.get("left_out", 0), theta, best["logs"])
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            step, updates = _count(card["step"]), _count(card["updates"])
+            failed, validated = _count(card.get("failed", 0)), _count(card.get("validated", step), least=-1)
+            parts = dict(zip([*self._names, "logs"], [*self._theta, self._logs], strict=True))
+            kept = {name: self._kept(tensors, "logs" if name == "logs" else f"theta.{name}", name) for name in parts}
+            moments = ("exp_avg", "exp_avg_sq") if updates else ()
+            state = {name: {each: self._kept(tensors, f"{each}.{name}", name) for each in moments} for name in parts}
+            if any(bool((each["exp_avg_sq"] < 0).any()) for each in state.values() if each):
+                raise ValueError("a square is below zero")
+            best = None if card["best"] is None else self._best(card["best"], tensors)
+            if kept["logs"].abs().max() > STEEPEST:
+                raise ValueError("a step size cannot be")
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise Damaged(f"the run to go on with cannot be read: {error}", "remove that file to begin anew") from error
+        for name, parameter in parts.items():
+            parameter.copy_(kept[name])
+            if updates:
+                self._adam.state[parameter] = {"step": torch.tensor(float(updates)), **state[name]}
+        self.step, self.failed, self.validated, self.best = step, failed, validated, best
+
+    def _kept(self, tensors: Tensors, stored: str, name: str) -> torch.Tensor:
+        """A stored tensor of one of ours. raises ValueError or KeyError where it is of another shape or type"""
+        own = self._logs if name == "logs" else self._theta[self._names.index(name)]
+        tensor = tensors[stored]
+        if tensor.shape != own.shape or tensor.dtype != own.dtype or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{stored} is of another shape, or not finite")
+        return tensor.clone()
+
+    def _best(self, card: Mapping[str, Any], tensors: Tensors) -> Best:
+        theta = {name: self._kept(tensors, f"best.{name}", name) for name in self._names}
+        score, logs = card["score"], {name: card["logs"][name] for name in self._names}
+        if not all(isinstance(each, float) and abs(each) < STEEPEST for each in logs.values()):
+            raise ValueError("a step size of the best cannot be")
+        if not isinstance(score, float) or not math.isfinite(score):
+            raise ValueError("the best has no score")
+        return Best(_count(card["step"]), score, _count(card.get("left_out", 0)), theta, logs)
+
+
+def _count(value: Any, least: int = 0) -> int:
+    """raises ValueError for what counts nothing"""
+    if type(value) is not int or not least <= value < 1 << 40:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
 
 
 def metadata_of(data: bytes) -> dict[str, str]:

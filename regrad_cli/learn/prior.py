@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from regrad_cli.records import TensorShape, canonical_json, sha256_hex
 FORMAT = "regrad prior 1"
 LOG_STEP_SIZES = "log_step_sizes"
 VALUES, INT8 = "values", "int8"
+MOST_K = 1000
+STEEPEST = 60.0  # of log α in size: beyond it a step leaves float32, or does nothing
 UNTRAINED_CARD = {"name": "untrained", "trained": False, "k": 3, "weights": "mean", "gamma": 1.0}
 
 
@@ -36,7 +38,7 @@ class Prior:
                     projection, in the model's order
     log_step_sizes  {name: log α}, one for every tensor
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
-                    "values" where θ is rounded (see `rounded`)
+                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it
     """
 
     tensors: dict[str, torch.Tensor]
@@ -56,6 +58,11 @@ class Prior:
     @property
     def trained(self) -> bool:
         return bool(self.card["trained"])
+
+    @property
+    def codec(self) -> str:
+        """The codec that gradients of this prior are stored with where nothing else is asked for."""
+        return str(self.card.get("codec", "r1-int4"))
 
     @property
     def shapes(self) -> tuple[TensorShape, ...]:
@@ -105,19 +112,22 @@ class Prior:
             order = card.pop("order")
             if card.pop("format") != FORMAT:
                 raise ValueError("another format")
+            _refuse_odd_card(card)
             tensors = load(data)
             logs = dict(zip(order, tensors.pop(LOG_STEP_SIZES).tolist(), strict=True))
+            if not all(isinstance(log, float) and abs(log) <= STEEPEST for log in logs.values()):
+                raise ValueError("a step size cannot be")
             if card.get(VALUES) == INT8:
-                tensors = {name: tensors.pop(name) * tensors.pop(f"{name}.scale") for name in order} | tensors
+                tensors = {name: _whole(tensors.pop(name), tensors.pop(f"{name}.scale")) for name in order} | tensors
             prior = cls({name: tensors[name] for name in order}, logs, card)
-            missing = [key for key in UNTRAINED_CARD if key not in card]
-            if missing or len(order) != len(tensors) or not order:
-                raise ValueError("its card is incomplete")
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            if not len(prior.tensors) == len(tensors) == len(order) > 0:
+                raise ValueError("it holds other tensors than its card says")
+            if any(each.dtype != torch.float32 or each.dim() != 2 or not each.numel() for each in tensors.values()):
+                raise ValueError("a tensor is no matrix of fp32")
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             message = f"{name} is not a prior that this version reads: {error}"
             raise Damaged(message, "take it from its source again") from error
-        values = [*prior.tensors.values(), torch.tensor(list(logs.values()))]
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in prior.tensors.values()):
             raise Damaged(f"{name} holds values that are not finite", "take it from its source again")
         return prior
 
@@ -136,7 +146,30 @@ class Prior:
             peak = max(scores)
             raw = [math.exp((score - peak) / float(self.card["temperature"])) for score in scores]
             return [value / sum(raw) for value in raw]
-        return [1.0 if rule == "sum" else 1.0 / len(scores)] * len(scores)
+        return [1.0 if rule == "sum" else 1.0 / max(1, len(scores))] * len(scores)
+
+
+def _refuse_odd_card(card: Mapping[str, Any]) -> None:
+    """raises ValueError, KeyError or TypeError unless what is used of a card is what it must be"""
+    canonical_json(card).encode()  # numbers that are none, halves of characters
+    if not (isinstance(card["name"], str) and isinstance(card["trained"], bool)):
+        raise ValueError("its card's name, or whether it is trained, is none")
+    if type(card["k"]) is not int or not 1 <= card["k"] <= MOST_K:
+        raise ValueError(f"its card's k is not from 1 to {MOST_K}")
+    rules = {"mean": 1.0, "sum": 1.0, "softmax": card.get("temperature", 0.0)}
+    for number in (card["gamma"], rules[card["weights"]]):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e9:
+            raise ValueError("its card's gamma or temperature is no number")
+    if not rules[card["weights"]] > 1e-9:
+        raise ValueError("its card's temperature is not above 0")
+
+
+def _whole(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """θ from what it is stored as; a scale of another shape could make any size of it. raises ValueError"""
+    rows, cols = integers.shape
+    if integers.dtype != torch.int8 or tuple(scale.shape) not in ((rows, 1), (1, cols)):
+        raise ValueError("a tensor does not fit its scale")
+    return integers * scale
 
 
 def _scale(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import every_flip
 from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
-from made_banks import copy_of, every_flip, make_bank, rows
+from made_banks import copy_of, make_bank, rows
 
 from regrad_cli.bank import index, log, open_bank, remove_documents, search, verify, write_bank
 from regrad_cli.errors import NonFinite, UsageProblem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +182,47 @@ def test_rounding_holds_at_zero_and_at_powers_of_two(prior: Prior, scale: float)
 def test_bytes_that_are_no_prior_are_damage(prior: Prior, cut: int) -> None:
     with pytest.raises(Damaged):
         Prior.from_bytes(prior.to_bytes()[:cut])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gamma": "1"}, {"gamma": float("inf")}, {"gamma": None}, {"gamma": True}, {"k": 0}, {"k": 10**9}, {"k": 2.5},
+        {"weights": "loudest"}, {"weights": ["mean"]}, {"weights": "softmax"}, {"name": 5}, {"trained": "yes"},
+        {"weights": "softmax", "temperature": 0}, {"weights": "softmax", "temperature": "cold"}, {"name": "\ud800"},
+        {"order": []}, {"order": [["x"]]}, {"format": "regrad prior 9"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_promise_16_a_prior_whose_card_says_what_cannot_be_is_damage(prior: Prior, changes: dict[str, object]) -> None:
+    length = int.from_bytes(prior.to_bytes()[:8], "little")
+    header = json.loads(prior.to_bytes()[8 : 8 + length])
+    header["__metadata__"]["card"] = json.dumps(json.loads(header["__metadata__"]["card"]) | changes)
+    text = json.dumps(header).encode()
+    with pytest.raises(Damaged, match="is not a prior"):
+        Prior.from_bytes(len(text).to_bytes(8, "little") + text + prior.to_bytes()[8 + length :])
+
+
+@pytest.mark.parametrize("what", ["steep", "flat", "half", "scale", "more"])
+def test_promise_16_a_prior_of_tensors_that_cannot_be_is_damage(prior: Prior, what: str) -> None:
+    """A scale of another shape would make a matrix of any size out of two vectors."""
+    from safetensors.torch import load, save
+
+    data = (prior.rounded() if what == "scale" else prior).to_bytes()
+    tensors, name = load(data), next(iter(prior.tensors))
+    if what == "steep":
+        tensors["log_step_sizes"][0] = 1e4
+    elif what == "flat":
+        tensors[name] = tensors[name].flatten()
+    elif what == "half":
+        tensors[name] = tensors[name].half()
+    elif what == "more":
+        tensors["one more"] = torch.zeros(1, 1)
+    else:
+        tensors[name], tensors[f"{name}.scale"] = torch.ones(9, 1, dtype=torch.int8), torch.ones(1, 9)
+    card = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    with pytest.raises(Damaged, match="is not a prior"):
+        Prior.from_bytes(save(tensors, metadata=card))
 
 
 def test_a_prior_that_is_not_finite_is_damage(prior: Prior) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_promise_22_a_passage_that_is_not_finite_is_marked_and_spoils_no_other(
     part = next(part for part in parts if 0 in part.positions)
     row = part.positions.index(0)
     assert all(torch.equal(tensor[row], clean[name]) for name, tensor in part.tensors.items())
+
+
+def test_promise_22_a_gradient_that_is_not_finite_is_marked_also_where_the_loss_is(
+    model: Model, prior: Prior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = subject._Tap.backward
+
+    def overflows(ctx: Any, *deltas: torch.Tensor) -> Any:
+        result = real(ctx, *deltas)
+        ctx.found[ctx.names[1]][1, 0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(subject._Tap, "backward", staticmethod(overflows))
+    (part,) = passage_gradients(model, prior, random_passages(model, (20, 20)))
+    assert bool(torch.isfinite(part.losses).all()) and part.finite.tolist() == [True, False]
+    assert all(bool((tensor[1] == 0).all()) for tensor in part.tensors.values())
 
 
 def test_a_prior_of_another_model_is_refused(family: Callable[[str], Model], prior: Prior) -> None:

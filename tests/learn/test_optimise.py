@@ -161,7 +161,21 @@ def test_what_is_no_such_run_is_refused(prior: Prior, model: Model) -> None:
         "another shape": training(other).to_bytes({}),
         "not finite": save(tensors | {f"best.{name}": tensors[f"best.{name}"] * math.nan}, metadata=metadata),
     }
+    card = json.loads(metadata["card"])
+    for changes in ({"updates": -1}, {"step": "2"}, {"step": 1 << 60}, {"failed": None}, {"validated": -2}):
+        broken[str(changes)] = save(tensors, metadata=metadata | {"card": json.dumps(card | changes)})
+    for changes in ({"score": "low"}, {"score": math.nan}, {"logs": {}}, {"step": []}):
+        other_card = card | {"best": card["best"] | changes}
+        broken[f"best {changes}"] = save(tensors, metadata=metadata | {"card": json.dumps(other_card)})
+    for stored in (f"exp_avg.{name}", f"exp_avg_sq.{name}", f"theta.{name}", f"best.{name}"):
+        broken[f"a single value for {stored}"] = save(tensors | {stored: torch.ones(1, 1)}, metadata=metadata)
+    broken["squares below zero"] = save(
+        tensors | {"exp_avg_sq.logs": -tensors["exp_avg_sq.logs"] - 1}, metadata=metadata
+    )
     for what, bytes_ in broken.items():
+        run = training(prior)
         with pytest.raises(Damaged):
-            training(prior).restore(bytes_)
+            run.restore(bytes_)
             pytest.fail(what)
+        assert (run.step, run.failed, run.validated, run.updates, run.best) == (0, 0, -1, 0, None), what
+        assert all(torch.equal(run.theta[each], prior.tensors[each]) for each in prior.tensors), what
