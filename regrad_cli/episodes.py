@@ -13,8 +13,9 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.records import Skipped, embedding_text, training_text
-from regrad_cli.segments import segments
+from regrad_cli.lexical import Lexicon
+from regrad_cli.records import Skipped, training_text
+from regrad_cli.segments import Segment, fits, segments
 from regrad_cli.tasks import Task
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Episodes:
         self._seed = seed
         self._spans = token_spans
         self._vectors = vectors
+        self._lexicon = Lexicon()
         self._order: dict[int, list[int]] = {}
         self._places = [(number, place) for number, task in enumerate(tasks) for place in range(len(task.passages))]
         self._all: np.ndarray | None = None
@@ -113,7 +115,7 @@ class Episodes:
         """What `vectors` will be asked for, questions aside."""
         passages = [text for task in self._tasks for text in task.embedding_texts] if self._rules.strangers else []
         parts = [part for task in tasks for place in range(len(task.passages)) for part in self._parts(task, place)]
-        return list(dict.fromkeys([*passages, *(text for _, text in parts)]))
+        return list(dict.fromkeys([*passages, *(part.embedding_text for part in parts)]))
 
     def at(self, step: int, batch: int) -> list[Episode | str]:
         """The episodes of one step; a task that cannot be one is its name and the reason instead."""
@@ -163,7 +165,7 @@ class Episodes:
         return self._weighed(task.id, parts, [question.question for question in questions], prompted)
 
     def _weighed(
-        self, name: str, parts: Sequence[tuple[str, str]], questions: Sequence[str], prompted: Sequence[Prompted]
+        self, name: str, parts: Sequence[Segment], questions: Sequence[str], prompted: Sequence[Prompted]
     ) -> Episode:
         """An episode of these segments, each question with its own weights; what hardly weighs in any is left out."""
         from regrad_cli.learn.meta import Episode
@@ -175,20 +177,22 @@ class Episodes:
             replace(prompt, weights=tuple(row[place] for place in kept))
             for prompt, row in zip(prompted, weights, strict=True)
         ]
-        return Episode(name, tuple(self.passage(parts[place][0]) for place in kept), tuple(asked))
+        return Episode(name, tuple(self.passage(parts[place].training_text) for place in kept), tuple(asked))
 
-    def _parts(self, task: Task, place: int) -> list[tuple[str, str]]:
-        """A passage's segments: the text that each one's gradient is taken on, and the text that is embedded."""
+    def _parts(self, task: Task, place: int) -> list[Segment]:
+        """A passage's segments."""
         cut: tuple[str, ...] = (task.passages[place],)
         if self._rules.segments > 1 and self._spans is not None:
             cut = segments(task.passages[place], self._spans, self._rules.segments)
-        return [(training_text(task.title, text), embedding_text(task.title, text)) for text in cut]
+        return [Segment(task.title, text) for text in cut]
 
-    def _weights_of(self, question: str, parts: Sequence[tuple[str, str]]) -> list[float]:
+    def _weights_of(self, question: str, parts: Sequence[Segment]) -> list[float]:
         if self._vectors is None or len(parts) == 1:
             return self._weights_for([0.0] * len(parts))
-        vectors = self._vectors.of([text for _, text in parts])
-        return self._weights_for(self._vectors.scores(question, vectors).tolist())
+        scores = self._vectors.scores(question, self._vectors.of([part.embedding_text for part in parts]))
+        if self._rules.segments > 1:
+            scores = fits(question, parts, scores, self._lexicon)
+        return self._weights_for(scores.tolist())
 
     def _nearest(self, question: str, own: int, k: int) -> list[Place]:
         """The k passages of other tasks that fit the question best."""

@@ -70,6 +70,13 @@ def plain(text: str) -> str:
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
+def sharing(question: Terms, texts: Sequence[Terms]) -> npt.NDArray[np.float64]:
+    """How much each of a few texts shares with a question, (n,): Σ log((n + 1) / n_w) over the question's words w that
+    it holds, n_w being how many of the n texts hold w. What all of them hold tells them apart by next to nothing."""
+    held = np.array([np.isin(np.unique(question), text) for text in texts], np.float64)  # (n, words)
+    return held @ np.log((len(texts) + 1) / np.maximum(held.sum(axis=0), 1))
+
+
 def coverage(question: Terms, texts: Sequence[Terms]) -> npt.NDArray[np.float64]:
     """The share of the question that each text holds: the mean of that of its words and that of its pairs of
     neighbouring words, rare ones counting for more; (n,) from 0 to 1.

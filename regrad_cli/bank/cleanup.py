@@ -42,7 +42,7 @@ def clear_leftovers(bank: Path, newest: Manifest) -> None:
 
 
 def empty_folder(folder: Path) -> None:
-    """Removes whatever lies in one of the bank's folders, as far as it can be removed; none is a link, or the lock would
+    """Removes whatever lies in one of the bank's folders, as far as it can be removed. None is a link: the lock would
     have been refused."""
     with suppress(OSError):
         for entry in folder.iterdir():
