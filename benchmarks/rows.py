@@ -256,6 +256,11 @@ def _notes(columns: Sequence[Column], options: Options, busy: str) -> list[str]:
         "Times are of the operation inside its process (`bank stats`: of the whole process), by the clock and of CPU. "
         f"`grows` is the exponent of CPU seconds between the two largest banks of such rows; constant is up to "
         f"{EXPONENTS['constant']}, linear up to {EXPONENTS['linear']}.",
+        "Memory counts as constant up to {constant} bytes a row, with ids up to {ids}, with embeddings up to "
+        "{embeddings}: "
+        "a manifest's shards and a document's id are in that, so a constant one may still grow a little.".format(
+            **MEMORY
+        ),
         "`query` opens the bank, searches by meaning and words, and proves three passages; the question's vector is "
         "given. `ask`'s part reads and decodes three gradients besides; model and generation are not in it.",
         "What opens a bank reads its manifest, about 0.8 kB a shard: "
