@@ -9,11 +9,11 @@ fixed (a bucket of lengths × ROWS, padded with empty rows), or texts go one by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .errors import ModelUnavailable, NonFinite
+from .errors import ModelUnavailable, NonFinite, unreadable_model
 from .fingerprints import read_json
 from .models import quiet_libraries
 
@@ -68,33 +68,30 @@ class LightEmbedder:
         self.dtype = dtype
         self.pooling: str = plan["pooling"]
         self.max_tokens: int = plan["max_tokens"]
-        try:
+        with self._reading_its_tokenizer():
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(self.max_tokens)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise ModelUnavailable(
-                f"{folder}/tokenizer.json is damaged: {error}", "fetch the embedder again"
-            ) from error
         self._single: Any = None
         self._model: Any = None
+
+    def _reading_its_tokenizer(self) -> AbstractContextManager[None]:
+        return unreadable_model(f"{self.folder}/tokenizer.json is damaged", "fetch the embedder again")
 
     def encode_query(self, text: str) -> np.ndarray:
         import numpy as np
 
         from .bert import NumpyBert, Unsupported
 
-        ids = self._tokenizer.encode(text).ids
-        try:
+        with self._reading_its_tokenizer():
+            ids = self._tokenizer.encode(text).ids
+        with unreadable_model(f"{self.folder} has settings that do not fit its weights", "fetch the embedder again"):
             if self._single is None:
-                self._single = NumpyBert(self.folder)
+                try:
+                    self._single = NumpyBert(self.folder)
+                except Unsupported:
+                    self._single = False
             hidden = self._single(ids) if self._single is not False else None
-        except Unsupported:
-            self._single, hidden = False, None
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise ModelUnavailable(
-                f"{self.folder} has settings that do not fit its weights: {error!r}", "fetch the embedder again"
-            ) from error
         if hidden is None:
             return self._in_shape([ids], rows=1, dtype="float32")[0]
         pooled = hidden[0] if self.pooling == "cls" else hidden.mean(axis=0)
@@ -104,7 +101,8 @@ class LightEmbedder:
         import numpy as np
 
         result = np.empty((len(texts), self.dimension), np.float32)
-        token_ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        with self._reading_its_tokenizer():
+            token_ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
         buckets: dict[int, list[int]] = {}
         for index, ids in enumerate(token_ids):
             buckets.setdefault(-(-len(ids) // BUCKET), []).append(index)

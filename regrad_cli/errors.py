@@ -5,6 +5,8 @@ A message names the fact (what and where); the hint names the way out.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,26 @@ EXIT_USAGE = 2
 EXIT_PARTIAL = 3  # done, but some inputs could not be read; each was named
 EXIT_UNEXPECTED = 70
 EXIT_INTERRUPTED = 130
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up: what it raises then is no Exception, and no reason to end the process
+    (tokenizers does so over a merge that is longer than its tokens)."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def unreadable_model(what: str, hint: str) -> Iterator[None]:
+    """Whatever a library makes of a damaged model's file, a panic too, becomes ModelUnavailable: `what`, and why."""
+    try:
+        yield
+    except RegradError:
+        raise
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelUnavailable(f"{what}: {reason}", hint) from error
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:

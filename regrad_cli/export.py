@@ -13,6 +13,7 @@ from pathlib import Path
 from regrad_cli.answer import Answerer, AskOptions, used
 from regrad_cli.errors import StorageFailed, UsageProblem
 from regrad_cli.models import HUB_ID
+from regrad_cli.places import expanded
 from regrad_cli.records import Exported, Notice
 
 # What PEFT writes into such a folder: what --force may remove.
@@ -43,7 +44,7 @@ def export(
     """
     if not question.strip():
         raise UsageProblem("the question is empty")
-    out = out.expanduser().resolve()
+    out = expanded(out).resolve()
     if bank.resolve() in (out, *out.parents):
         raise UsageProblem(f"{out} is in the bank's own folder", "name a folder elsewhere")
     _refuse_taken(out, force)

@@ -151,9 +151,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("a weight file's name is not a plain name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # OSError: a name too long to be one
         raise ModelUnavailable(f"{index} is damaged: {error}", "fetch or export the model again") from error
-    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelUnavailable(f"{folder} lacks {missing[0]}, which its index names", "fetch or export the model again")
     return [folder / name for name in names]

@@ -24,7 +24,7 @@ from typing import Any
 from . import starter
 from .errors import ModelUnavailable
 from .fingerprints import Fingerprint, file_digest, fingerprint, fingerprint_embedder, read_json, weight_files
-from .places import cache_folder, state_folder
+from .places import cache_folder, expanded, state_folder
 
 __all__ = [
     "Fingerprint",
@@ -70,7 +70,7 @@ def resolve_model(name: str, *, fetch: bool = True, report: Report = _silent) ->
     """
     if name == starter.STARTER.name:
         return _packaged(starter.STARTER, fetch, report)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".gguf":
         return _from_gguf(str(path.absolute()), path, fetch, report)
     if path.is_dir():
@@ -85,7 +85,7 @@ def resolve_embedder(name: str, *, fetch: bool = True, report: Report = _silent)
     """
     if name == starter.MINILM.name:
         return _packaged(starter.MINILM, fetch, report)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return ModelFolder(str(path.absolute()), _complete_embedder(path.absolute()))
     return _from_hub(name, "embedder", fetch, report)

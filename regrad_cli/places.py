@@ -6,11 +6,19 @@ import os
 from pathlib import Path
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ~ or ~user as a folder; as it is where there is no such user, as a shell leaves it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def cache_folder() -> Path:
     """Models and fingerprints: REGRAD_CACHE, or the platform's cache folder for regrad. Not created here."""
     value = os.environ.get("REGRAD_CACHE")
     if value:
-        return Path(value).expanduser().absolute()
+        return expanded(value).absolute()
     import platformdirs
 
     return platformdirs.user_cache_path("regrad", appauthor=False)
@@ -20,7 +28,7 @@ def state_folder() -> Path:
     """What this machine wrote and trusts: REGRAD_STATE, or the platform's state folder for regrad. Not created here."""
     value = os.environ.get("REGRAD_STATE")
     if value:
-        return Path(value).expanduser().absolute()
+        return expanded(value).absolute()
     import platformdirs
 
     return platformdirs.user_state_path("regrad", appauthor=False)

@@ -18,6 +18,7 @@ from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from regrad_cli.characters import Unreadable, clean, clean_title, decode
+from regrad_cli.errors import is_panic
 from regrad_cli.markdown import first_heading, front_matter
 
 KINDS = {
@@ -113,7 +114,9 @@ def read_html(data: bytes) -> tuple[str, str]:
     )  # fmt: skip
     try:
         result = convert(page, options)
-    except Exception as error:  # the library's own errors, of which it has many
+    except BaseException as error:  # the library's own errors, of which it has many
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise Unreadable(f"HTML that cannot be read: {error}"[:200]) from None
     if any("depth" in str(warning.kind) for warning in result.warnings):
         raise Unreadable("its tags are nested more than a thousand deep: flatten it, or save it as text")

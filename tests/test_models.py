@@ -143,6 +143,17 @@ def test_an_index_that_points_out_of_its_folder_is_refused(tiny_model_folder: Pa
     unavailable(lambda: models.resolve_model(str(folder)))
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "\ud800", 5, ""])
+def test_promise_16_an_index_of_names_that_cannot_be_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, name: object
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "odd"))
+    index = {"weight_map": {"x": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelUnavailable):
+        models.resolve_model(str(folder))
+
+
 def test_an_adapter_is_not_taken_for_a_model(tiny_model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_folder, folder)
@@ -709,3 +720,21 @@ def test_the_starter_answers(starter_folder: Path, no_network: None) -> None:
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.parametrize("prefix", ["xx", "\u00e9"])
+def test_promise_16_a_tokenizer_over_which_its_library_gives_up_is_refused(
+    tiny_model_folder: Path, tmp_path: Path, prefix: str
+) -> None:
+    """A merge that is shorter than the prefix its tokens are said to have: a panic in Rust, which is no Exception."""
+    from regrad_cli.learn.model import load_model
+    from regrad_cli.learn.tokens import Tokenizer
+
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "odd"))
+    value = json.loads((folder / "tokenizer.json").read_bytes())
+    value["model"] |= {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    value["model"] |= {"continuing_subword_prefix": prefix}
+    (folder / "tokenizer.json").write_text(json.dumps(value), encoding="utf-8")
+    for use in (lambda: Tokenizer(folder), lambda: load_model(folder, device="cpu", dtype="fp32")):
+        with pytest.raises(ModelUnavailable):
+            use()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from regrad_cli.bank.files import storage
 from regrad_cli.errors import NoBank
+from regrad_cli.places import expanded
 
 FORMAT_FILE = "FORMAT"
 FORMAT_TEXT = b"gbank 1\n"
@@ -96,7 +97,7 @@ def locate_bank(explicit: str | Path | None, start: Path) -> Path:
     raises  NoBank with the way out; StorageFailed for one that may not be entered
     """
     if explicit is not None:
-        path = Path(explicit).expanduser()
+        path = expanded(explicit)
         with suppress(OSError, ValueError):  # what the system takes for no name at all is no bank
             if path.is_file() or looks_like_a_bank(path):
                 return path

@@ -36,6 +36,7 @@ from regrad_cli.bank.packed import (
 )
 from regrad_cli.bank.store import READ_BYTES, Store, open_plain_file
 from regrad_cli.errors import NoBank, RegradError, StorageFailed, UsageProblem
+from regrad_cli.places import expanded
 from regrad_cli.records import sha256_hex
 
 NOT_PACKED = "a damaged bank is not packed: `regrad bank repair` comes before; `--snapshot N` packs an older one"
@@ -71,7 +72,7 @@ def pack_bank(
         sizes = members(manifest)
         parts = _hashed(_archive(opened.store, manifest.name, data, sizes, report), digest)
         if isinstance(out, Path):
-            out = out.expanduser().resolve()
+            out = expanded(out).resolve()
             refuse_to_replace(out, path, force=force)
             try:
                 with files.storage(f"write {out}"), _scratch_beside(out) as folder:
@@ -161,7 +162,9 @@ def unpack_bank(file: Path | BinaryIO, folder: Path, *, report: Report | None = 
              NoBank, UnknownFormat
     """
     if isinstance(file, Path):
-        if not file.is_file():
+        with files.storage(f"read {file}"):
+            is_there = file.is_file()
+        if not is_there:
             what = "is a folder, and not packed" if file.is_dir() else "is not there"
             raise NoBank(f"{file} {what}", "name the file that `regrad bank pack` wrote")
         Packed(file).close()  # what can be seen at once is said before anything is written
@@ -171,7 +174,7 @@ def unpack_bank(file: Path | BinaryIO, folder: Path, *, report: Report | None = 
 
 
 def _unpack(source: BinaryIO, named: Path, folder: Path, report: Report | None) -> dict[str, Any]:
-    folder = folder.expanduser().resolve()
+    folder = expanded(folder).resolve()
     _refuse_taken_folder(folder)
     name, size_bytes = manifest_place(source.read(START_BYTES), named)
     data = b"".join(_content(source, size_bytes, named))

@@ -12,7 +12,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from regrad_cli.cli.help import COMMON, Command
-from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Damaged, RegradError
+from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE, Damaged, RegradError, is_panic
+from regrad_cli.places import expanded
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.render import Terminal
 from regrad_cli.settings import DTYPES, Settings, read_config
@@ -145,7 +146,7 @@ def config_file() -> Path:
     """The user's config file: REGRAD_CONFIG, or config.toml in the platform's config folder for regrad."""
     value = os.environ.get("REGRAD_CONFIG")
     if value:
-        return Path(value).expanduser().absolute()
+        return expanded(value).absolute()
     import platformdirs
 
     return platformdirs.user_config_path("regrad", appauthor=False) / "config.toml"
@@ -238,8 +239,10 @@ def guarded(call: Call, work: Callable[[], int | None]) -> int:
         return terminal.error(error)
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except Exception as error:
-        return terminal.error(error)
+    except BaseException as error:
+        if isinstance(error, Exception) or is_panic(error):
+            return terminal.error(error)
+        raise
 
 
 def _say_what_helps_a_packed_bank(call: Call, error: Damaged) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from regrad_cli.cli.call import Call, Snapshot, command
 from regrad_cli.errors import EXIT_DONE, EXIT_INTERRUPTED, UsageProblem
+from regrad_cli.places import expanded
 from regrad_cli.render import Terminal
 from regrad_cli.shown import count, size
 
@@ -31,7 +32,7 @@ def pack(
             raise UsageProblem("a packed bank is not for a terminal", "name a file, or pipe it somewhere")
         packed = bank.pack_bank(path, call.terminal.output, snapshot, report=call.megabytes("packing"))
     else:
-        file = Path(out).expanduser().resolve()
+        file = expanded(out).resolve()
         bank.refuse_to_replace(file, path, force=force or call.terminal.can_ask())
         if not force and file.exists():
             if not call.terminal.confirm(f"Replace {file}?"):
@@ -61,7 +62,7 @@ def unpack(
 
     if file == "-" and call.terminal.in_is_terminal:
         raise UsageProblem("a packed bank does not come from a terminal", "name a file, or pipe it in")
-    source = call.terminal.input if file == "-" else Path(file).expanduser()
+    source = call.terminal.input if file == "-" else expanded(file)
     _say_unpacked(call.terminal, unpack_bank(source, folder, report=call.megabytes("unpacking")))
     return EXIT_DONE
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrad_cli.errors import Mismatch, ModelUnavailable, UsageProblem
+from regrad_cli.errors import Mismatch, ModelUnavailable, UsageProblem, unreadable_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -146,15 +146,12 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Mo
 
     chosen = choose_device(device)
     kind = choose_dtype(dtype, chosen)
-    try:
+    with unreadable_model(
+        f"'{folder}' cannot be loaded as a causal language model",
+        "it needs config.json, a tokenizer and weights in safetensors, of an architecture transformers knows",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         network = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelUnavailable(
-            f"'{folder}' cannot be loaded as a causal language model: {reason}",
-            "it needs config.json, a tokenizer and weights in safetensors, of an architecture transformers knows",
-        ) from error
     network.eval().requires_grad_(False)
     network.to(chosen)  # type: ignore[arg-type]
     return Model(network, tokenizer, chosen, kind, find_projections(network))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from regrad_cli.errors import ModelUnavailable
+from regrad_cli.errors import unreadable_model
 
 TokenSpans = Callable[[str], list[tuple[int, int]]]
 
@@ -20,12 +20,8 @@ class Tokenizer:
         if (folder / "tokenizer.json").is_file():
             from tokenizers import Tokenizer as Fast
 
-            try:
+            with unreadable_model(f"{folder}/tokenizer.json is damaged", "fetch or export the model again"):
                 fast = Fast.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise ModelUnavailable(
-                    f"{folder}/tokenizer.json is damaged: {error}", "fetch or export the model again"
-                ) from error
             fast.no_truncation()
             fast.no_padding()
             self._ids = lambda text: fast.encode(text, add_special_tokens=False).ids

@@ -25,7 +25,7 @@ from typing import Any
 
 import atheris
 
-from .targets import Overrun, Target, all_targets, within
+from .targets import Target, all_targets, within
 
 MEMORY_MB = 4096  # of the whole process, libraries included: libFuzzer ends it beyond that
 
@@ -53,7 +53,7 @@ class Driver:
                 target.run(data)
         except KeyboardInterrupt:
             self.end()
-        except (Exception, Overrun) as error:
+        except BaseException as error:  # a panic of a Rust library is no Exception
             last = traceback.extract_tb(error.__traceback__)[-1]
             place = (target.name, f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}")
             if place not in self.found:
