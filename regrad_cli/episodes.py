@@ -113,9 +113,13 @@ class Episodes:
 
     def texts_to_embed(self, tasks: Sequence[Task]) -> list[str]:
         """What `vectors` will be asked for, questions aside."""
-        passages = [text for task in self._tasks for text in task.embedding_texts] if self._rules.strangers else []
-        parts = [part for task in tasks for place in range(len(task.passages)) for part in self._parts(task, place)]
+        passages = self._all_texts() if self._rules.strangers else []
+        parts = (part for task in tasks for part in self._own_parts(task))
         return list(dict.fromkeys([*passages, *(part.embedding_text for part in parts)]))
+
+    def _all_texts(self) -> list[str]:
+        """What the passages of all tasks are found by, in the order of `_places`."""
+        return [text for task in self._tasks for text in task.embedding_texts]
 
     def at(self, step: int, batch: int) -> list[Episode | str]:
         """The episodes of one step; a task that cannot be one is its name and the reason instead."""
@@ -179,6 +183,10 @@ class Episodes:
         ]
         return Episode(name, tuple(self.passage(parts[place].training_text) for place in kept), tuple(asked))
 
+    def _own_parts(self, task: Task) -> list[Segment]:
+        """The segments of all its passages."""
+        return [part for place in range(len(task.passages)) for part in self._parts(task, place)]
+
     def _parts(self, task: Task, place: int) -> list[Segment]:
         """A passage's segments."""
         cut: tuple[str, ...] = (task.passages[place],)
@@ -198,7 +206,7 @@ class Episodes:
         """The k passages of other tasks that fit the question best."""
         assert self._vectors is not None
         if self._all is None:
-            self._all = self._vectors.of([text for task in self._tasks for text in task.embedding_texts])
+            self._all = self._vectors.of(self._all_texts())
         order = (-self._vectors.scores(question, self._all)).argsort(kind="stable")
         others = (self._places[position] for position in order if self._places[position][0] != own)
         return list(islice(others, k))
@@ -248,8 +256,7 @@ class Episodes:
             try:
                 blind = self.prompted(asked.question, asked.answers[0], ())
                 shown = self.prompted(asked.question, asked.answers[0], task.training_texts)
-                parts = [part for place in range(len(task.passages)) for part in self._parts(task, place)]
-                own = self._weighed(task.id, parts, [asked.question], [blind])
+                own = self._weighed(task.id, self._own_parts(task), [asked.question], [blind])
                 usable.append((task, own, blind, shown))
             except UsageProblem as problem:
                 problems.append(Skipped(task.id, str(problem)))
