@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from regrad_cli import engine
 from regrad_cli.bank import Snapshot, Writer, check_format, create_bank, open_bank, write_bank
 from regrad_cli.bank.create import refuse_what_is_there
 from regrad_cli.characters import printable_name
@@ -27,6 +26,7 @@ from regrad_cli.errors import UsageProblem
 from regrad_cli.fingerprints import fingerprint
 from regrad_cli.models import ModelFolder, resolve_embedder, resolve_model
 from regrad_cli.passages import split
+from regrad_cli.priors import new_settings, shipped_prior
 from regrad_cli.records import (
     BankSettings,
     Document,
@@ -92,12 +92,12 @@ def initialise(
         lambda report: (resolve_model(model, report=report), resolve_embedder(embedder, report=report)), folders
     )
     language, vectors = folders[0]
-    if prior is None and engine.shipped_prior(fingerprint(language.path)) is None:
+    if prior is None and shipped_prior(fingerprint(language.path)) is None:
         yield Notice(
             "no prior has been learned for this model: starting from an untrained one "
             "(its step size is sought on the CPU, in fp32)"
         )
-    settings, data = engine.new_settings(
+    settings, data = new_settings(
         model=language,
         embedder=vectors,
         prior_file=prior,

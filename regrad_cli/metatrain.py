@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.characters import printable_name
-from regrad_cli.engine import SHIPPED, narrated, shipped_prior
+from regrad_cli.engine import narrated
 from regrad_cli.episodes import Episodes, Vectors
 from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
+from regrad_cli.priors import SHIPPED, shipped_prior
 from regrad_cli.records import Notice, Progress, Skipped, sha256_hex
 from regrad_cli.tasks import Task, read_tasks
 from regrad_cli.trainevents import Trained, TrainStep, Validated

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regrad_cli.bank import MovingWriter, Snapshot, check_format, move_bank, open_bank, rows_to_move
-from regrad_cli.engine import Engine, open_engine, settings_under
+from regrad_cli.engine import Engine, open_engine
 from regrad_cli.errors import Damaged, NonFinite, UsageProblem
+from regrad_cli.priors import settings_under
 from regrad_cli.records import BankSettings, IngestSummary, Notice, Passage, Progress, RowRef, row_key
 
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from regrad_cli.answer import Answerer
 from regrad_cli.bank import open_bank
 from regrad_cli.drift import Growth
-from regrad_cli.engine import AUTO, narrated, prior_for
+from regrad_cli.engine import narrated
 from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evidence import Asked, Evidence, OwnGradients, derangement, found_evidence, own_passages
 from regrad_cli.fingerprints import Fingerprint, fingerprint
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
+from regrad_cli.priors import AUTO, prior_for
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.tasks import Task
 

@@ -37,12 +37,12 @@ def test_the_shipped_prior_has_not_seen_the_examples() -> None:
 def test_on_the_starter_a_passages_own_gradient_makes_its_answers_likelier_and_anothers_does_not(
     starter_folder: Path, embedder_folder: Path, tmp_path: Path
 ) -> None:
-    from regrad_cli.engine import prior_for
     from regrad_cli.episodes import EpisodeRules, Episodes
     from regrad_cli.fingerprints import fingerprint
     from regrad_cli.learn.meta import MetaLearner
     from regrad_cli.learn.model import load_model
     from regrad_cli.models import ModelFolder
+    from regrad_cli.priors import prior_for
     from regrad_cli.tasks import read_tasks
 
     bank = tmp_path / ".gbank"

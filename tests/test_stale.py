@@ -437,14 +437,14 @@ def test_a_prior_of_other_tensors_under_a_card_of_this_model_is_refused_before_a
 def test_the_prior_that_comes_with_regrad_goes_by_a_name(
     bank: Path, priors: dict[str, Path], banks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrad_cli import engine
+    from regrad_cli import priors as module
 
     def shipped(identity: Any) -> bytes | None:
         return priors[SECOND].read_bytes() if identity.model == stats(bank)["fingerprints"]["model"] else None
 
     with pytest.raises(UsageProblem, match="comes with regrad"):
         moved(bank, Path("shipped"))
-    monkeypatch.setattr(engine, "shipped_prior", shipped)
+    monkeypatch.setattr(module, "shipped_prior", shipped)
     moved(bank, Path("shipped"))
     assert rows(bank) == rows(banks[SECOND])
 

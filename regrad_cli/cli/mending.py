@@ -130,7 +130,7 @@ def repair(
 
 
 def _same_prior(file: Path | None, settings: BankSettings) -> Iterator[bytes]:
-    from regrad_cli.engine import same_prior
+    from regrad_cli.priors import same_prior
 
     yield from same_prior(settings, file)
 
