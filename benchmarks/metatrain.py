@@ -148,8 +148,9 @@ def drawn(
 ) -> list[list[Episode]]:
     """The episodes of every step, as `meta-train` draws them: strangers among the passages, some of them shown."""
     from regrad_cli.embed import load_embedder
-    from regrad_cli.episodes import EpisodeRules, Episodes, Vectors
+    from regrad_cli.episodes import EpisodeRules, Episodes
     from regrad_cli.learn.prior import Prior
+    from regrad_cli.weighing import Vectors
 
     embedder = load_embedder(place.embedder_folder, device=options.device)
     rule = Prior({}, {}, {"weights": "softmax", "temperature": TEMPERATURE})

@@ -14,24 +14,35 @@ from regrad_cli.engine import Engine
 from regrad_cli.records import Hit
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from regrad_cli.learn.prior import Prior
+    from regrad_cli.learn.rows import Parts
 
 
 @dataclass(frozen=True)
 class Adaptation:
     """θ and the gradients of k passages.
 
-    gradients   {tensor name: (k, rows, cols) float32}
-    weights     k floats, by the prior's rule
+    gradients   {tensor name: (m, rows, cols) float32} of the passages' segments, those that hardly weigh left out
+    weights     m floats, by the prior's rule
     gamma       strength, the prior's own included
+    owners      m places: of which of the k passages each is
     """
 
     prior: Prior
     gradients: dict[str, torch.Tensor]
     weights: tuple[float, ...]
     gamma: float
+    owners: tuple[int, ...]
+
+    def of_passages(self, k: int) -> tuple[float, ...]:
+        """What the gradients of each of the k passages weigh."""
+        return tuple(
+            sum(weight for owner, weight in zip(self.owners, self.weights, strict=True) if owner == place)
+            for place in range(k)
+        )
 
     def change(self, without: int | None = None) -> dict[str, torch.Tensor]:
         """What the gradients add to θ: {tensor name: (rows, cols) float32}.
@@ -40,18 +51,55 @@ class Adaptation:
         """
         from regrad_cli.learn.adapt import combine
 
-        weights = [0.0 if place == without else weight for place, weight in enumerate(self.weights)]
+        weights = [0.0 if owner == without else weight for owner, weight in zip(self.owners, self.weights, strict=True)]
         return combine(self.gradients, weights, self.prior.step_sizes, self.gamma)
 
 
-def adaptation_by(engine: Engine, snapshot: Snapshot, hits: Sequence[Hit], gamma: float, device: str) -> Adaptation:
-    """The adaptation by the gradients of these passages, decoded on this device.
+def adaptation_by(
+    engine: Engine, snapshot: Snapshot, question: str, hits: Sequence[Hit], gamma: float, device: str
+) -> Adaptation:
+    """The adaptation to a question by the gradients of these passages, decoded on this device.
 
     raises  Damaged where a row is not what its checksum says
     """
     from regrad_cli.learn.model import choose_device
+    from regrad_cli.segments import heavy
 
     rows = snapshot.read_rows([hit.ref for hit in hits])
-    gradients = engine.codec.decode(rows.codes, rows.scales, choose_device(device))
-    weights = engine.prior.weights_for([hit.score for hit in hits])
-    return Adaptation(engine.prior, gradients, tuple(weights), gamma * float(engine.prior.card["gamma"]))
+    parts = engine.layout.split(rows.codes, rows.scales)
+    scores = [hit.score for hit in hits]
+    if engine.layout.segments > 1:
+        scores = _fits(engine, question, hits, parts).tolist()
+    weights = engine.prior.weights_for(scores)
+    kept = heavy(weights)
+    gradients = engine.layout.codec.decode(parts.codes[kept], parts.scales[kept], choose_device(device))
+    return Adaptation(
+        engine.prior,
+        gradients,
+        tuple(weights[place] for place in kept),
+        gamma * float(engine.prior.card["gamma"]),
+        tuple(parts.owners[kept].tolist()),
+    )
+
+
+def _fits(engine: Engine, question: str, hits: Sequence[Hit], parts: Parts) -> np.ndarray:
+    """How well each segment of the hits fits the question, (m,). Without an embedder the score of its passage is in
+    the cosine's place; without text its words count for nothing."""
+    import numpy as np
+
+    from regrad_cli.lexical import Lexicon
+    from regrad_cli.segments import cosines, fits, pieces
+
+    if engine.embeds:
+        assert parts.vectors is not None
+        nearness = cosines(engine.question_vector(question), parts.vectors)
+    else:
+        nearness = np.array([hits[owner].score for owner in parts.owners])
+    if not engine.settings.keep_text:
+        return nearness
+    cut = [
+        piece
+        for place, hit in enumerate(hits)
+        for piece in pieces(hit.passage.title, hit.passage.text or "", parts.begins[parts.owners == place].tolist())
+    ]
+    return fits(question, cut, nearness, Lexicon())

@@ -149,10 +149,10 @@ class Answerer:
         self._asked += 1
         return Retrieved(tuple(hits), opened.left_out, time.perf_counter() - start)
 
-    def adaptation(self, found: Retrieved, gamma: float) -> Adaptation:
-        """What the passages found make of the prior; at least one. Loads no language model."""
+    def adaptation(self, question: str, found: Retrieved, gamma: float) -> Adaptation:
+        """What the passages found for a question make of the prior; at least one. Loads no language model."""
         assert self._opened is not None and self._opened.engine is not None, "retrieve() comes first"
-        return adaptation_by(self._opened.engine, self._opened.snapshot, found.hits, gamma, self._device)
+        return adaptation_by(self._opened.engine, self._opened.snapshot, question, found.hits, gamma, self._device)
 
     @property
     def settings(self) -> BankSettings:
@@ -203,9 +203,11 @@ class Answerer:
 
         mode, hits = options.mode, found.hits
         adaptation: Adaptation | None = None
+        weights: tuple[float | None, ...] = (None,) * len(hits)
         context: AbstractContextManager[None] = nullcontext()
         if hits and mode in GRADIENT_MODES:
-            adaptation = self.adaptation(found, options.gamma)
+            adaptation = self.adaptation(question, found, options.gamma)
+            weights = adaptation.of_passages(len(hits))
             context = adapted(model, adaptation.prior, adaptation.change())
         shown = [hit.passage.training_text for hit in hits] if mode in PROMPT_MODES else []
         prompt = prompt_ids(model, question, shown)
@@ -239,9 +241,7 @@ class Answerer:
             answer="".join(text).strip(),
             mode=mode,
             grounded=bool(hits),
-            passages=tuple(
-                used(hit, adaptation.weights[place] if adaptation else None) for place, hit in enumerate(hits)
-            ),
+            passages=tuple(used(hit, weight) for hit, weight in zip(hits, weights, strict=True)),
             tokens={"prompt": len(prompt), "answer": len(tokens.ids)},
             seconds=clock.seconds(),
             model=self._opened.snapshot.settings.model_name if self._opened else self._model_name,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from regrad_cli.bank.diff import Change
-    from regrad_cli.learn.codec import Codec
+    from regrad_cli.learn.rows import RowLayout
 
 DENSE_BYTES = 64 << 20  # of one side's decoded gradients at a time
 _AT = re.compile(r"(?P<bank>.*)@(?P<number>-?[0-9]{1,12})", re.DOTALL)
@@ -123,7 +123,8 @@ class Likeness:
         self.unsaid = ""
         self._settings = old, new
         self._device_name = device
-        self._rows = max(1, DENSE_BYTES // max(1, 4 * sum(rows * cols for _, rows, cols in old.tensors)))
+        row_bytes = 4 * max(old.segments, new.segments) * sum(rows * cols for _, rows, cols in old.tensors)
+        self._rows = max(1, DENSE_BYTES // max(1, row_bytes))
 
     def __call__(
         self,
@@ -132,8 +133,8 @@ class Likeness:
         new_codes: npt.NDArray[np.uint8],
         new_scales: npt.NDArray[np.float16],
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Cosines (n,) and norms of the new by those of the old (n,). Two gradients of zeros are alike; beside one of
-        zeros the cosine is 0, and the ratio to it infinite."""
+        """Cosines (n,) and norms of the new by those of the old (n,). A row's gradient is the sum of its segments'. Two
+        gradients of zeros are alike; beside one of zeros the cosine is 0, and the ratio to it infinite."""
         import numpy as np
 
         slices = [slice(start, start + self._rows) for start in range(0, len(codes), self._rows)]
@@ -153,10 +154,10 @@ class Likeness:
         return device
 
     @cached_property
-    def _codecs(self) -> list[Codec]:
-        from regrad_cli.learn.codec import codec_of
+    def _layouts(self) -> list[RowLayout]:
+        from regrad_cli.learn.rows import layout_of
 
-        return [codec_of(settings) for settings in self._settings]
+        return [layout_of(settings) for settings in self._settings]
 
     def _batch(
         self,
@@ -168,8 +169,8 @@ class Likeness:
         """(3, n): products, and squared norms of old and new."""
         import torch
 
-        old = self._codecs[0].decode(codes, scales, self._device)
-        new = self._codecs[1].decode(new_codes, new_scales, self._device)
+        old = self._layouts[0].sums(codes, scales, self._device)
+        new = self._layouts[1].sums(new_codes, new_scales, self._device)
         place = "cpu" if self._device.type == "mps" else self._device  # which has no float64
         sums = torch.zeros((3, len(codes)), dtype=torch.float64, device=place)
         for name, tensor in old.items():

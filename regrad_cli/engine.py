@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from regrad_cli.embed import Embedder
-    from regrad_cli.learn.codec import Codec
     from regrad_cli.learn.model import Model
     from regrad_cli.learn.prior import Prior
+    from regrad_cli.learn.rows import RowLayout
     from regrad_cli.learn.tokens import Tokenizer
+    from regrad_cli.segments import Segment
 
 T = TypeVar("T")
 ABSENT = Path("not needed here")
@@ -80,6 +81,7 @@ class Engine:
         self._prior_bytes = prior
         self._device = device
         self._dtype = dtype
+        self._asked: tuple[str, np.ndarray] | None = None
         quiet_libraries()
 
     @cached_property
@@ -95,15 +97,15 @@ class Engine:
         return Prior.from_bytes(self._prior_bytes, f"the bank's prior '{self.settings.prior_name}'")
 
     @cached_property
-    def codec(self) -> Codec:
-        from regrad_cli.learn.codec import codec_of
+    def layout(self) -> RowLayout:
+        from regrad_cli.learn.rows import layout_of
 
         if self.settings.tensors != self.prior.shapes:
             raise PriorMismatch(
                 f"the bank's gradients are of other tensors than its prior '{self.settings.prior_name}'",
                 "take the bank from its source again",
             )
-        return codec_of(self.settings)
+        return layout_of(self.settings)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -133,41 +135,76 @@ class Engine:
         """Where it computes, for people: loads the model."""
         return f"{self.model.device}, {str(self.model.dtype).removeprefix('torch.')}"
 
+    def question_vector(self, question: str) -> np.ndarray:
+        """(d,) float32 of unit norm; that of the last question is kept."""
+        if self._asked is None or self._asked[0] != question:
+            self._asked = question, self.question_embedder.encode_query(question)
+        return self._asked[1]
+
+    @property
+    def embeds(self) -> bool:
+        """Whether there is an embedder."""
+        return self.embedder_folder != ABSENT
+
     def gradients(self, passages: Sequence[Passage]) -> Generator[int, None, tuple[np.ndarray, np.ndarray, list[bool]]]:
-        """Codes, scales and finite of passages, as in NewRows; yields how many are done, after every pass."""
+        """Codes, scales and finite of passages, as in NewRows; yields how many are done, about, after every pass."""
         import numpy as np
 
         from regrad_cli.learn.gradients import map_gradients
+        from regrad_cli.learn.rows import Parts
 
-        codes = np.zeros((len(passages), self.codec.code_bytes), np.uint8)
-        scales = np.zeros((len(passages), self.codec.scale_count), np.float16)
-        finite = [False] * len(passages)
+        layout, codec = self.layout, self.layout.codec
+        cut = [self._segments(passage) for passage in passages]
+        parts = [part for own in cut for part in own]
+        owners = np.repeat(np.arange(len(cut)), [len(own) for own in cut])
+        codes = np.zeros((len(parts), codec.code_bytes), np.uint8)
+        scales = np.zeros((len(parts), codec.scale_count), np.float16)
+        finite = np.zeros(len(parts), bool)
         done = 0
         yield done
-        ids = [self.tokenizer.ids(passage.training_text) for passage in passages]
-        codec = self.codec
+        ids = [self.tokenizer.ids(part.training_text) for part in parts]
         coded = map_gradients(self.model, self.prior, ids, lambda part: (part, *codec.encode(part.tensors)))
         for part, code, scale in coded:
             for row, position in enumerate(part.positions):
                 if bool(part.finite[row]) and np.isfinite(scale[row]).all():
                     codes[position], scales[position], finite[position] = code[row], scale[row], True
             done += len(part.positions)
-            yield done
-        return codes, scales, finite
+            yield done * len(passages) // len(parts)
+        vectors = None
+        if layout.segments > 1:
+            vectors = self._vectors([part.embedding_text for part in parts])
+            finite &= np.isfinite(vectors).all(axis=1)
+        good = np.ones(len(passages), bool)
+        good[owners[~finite]] = False
+        kept = good[owners]
+        begins = np.array([part.begin for part in parts], np.int64)
+        found = Parts(owners[kept], begins[kept], None if vectors is None else vectors[kept], codes[kept], scales[kept])
+        return *layout.join(found, len(passages)), good.tolist()
+
+    def _segments(self, passage: Passage) -> tuple[Segment, ...]:
+        from regrad_cli.segments import cut
+
+        return cut(passage.title, passage.text or "", self.tokenizer.spans, self.settings.segments)
+
+    def _vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, d) float32 of unit norm, or not finite where a text has none: it is the same bits by itself."""
+        import numpy as np
+
+        try:
+            return self.embedder.encode(texts)
+        except NonFinite:
+            vectors = np.full((len(texts), self.embedder.dimension), np.nan, np.float32)
+            for position, text in enumerate(texts):
+                with suppress(NonFinite):
+                    vectors[position] = self.embedder.encode([text])[0]
+            return vectors
 
     def rows(self, passages: Sequence[Passage]) -> Generator[int, None, NewRows]:
         """The bank rows of passages, returned at the end; yields how many gradients are done, after every pass."""
         import numpy as np
 
         codes, scales, finite = yield from self.gradients(passages)
-        texts = [passage.embedding_text for passage in passages]
-        try:
-            embeddings = self.embedder.encode(texts).astype(np.float16)
-        except NonFinite:  # one text's vector is the same bits by itself: those that have one are kept
-            embeddings = np.full((len(texts), self.embedder.dimension), np.nan, np.float16)
-            for position, text in enumerate(texts):
-                with suppress(NonFinite):
-                    embeddings[position] = self.embedder.encode([text])[0]
+        embeddings = self._vectors([passage.embedding_text for passage in passages]).astype(np.float16)
         for position, vector in enumerate(embeddings):
             if not np.isfinite(vector).all():
                 finite[position], embeddings[position] = False, 0

@@ -13,10 +13,10 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.lexical import Lexicon
 from regrad_cli.records import Skipped, training_text
-from regrad_cli.segments import Segment, fits, segments
+from regrad_cli.segments import LEAST_WEIGHT, Segment
 from regrad_cli.tasks import Task
+from regrad_cli.weighing import Cutter, Vectors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from regrad_cli.passages import TokenSpans
 
 OBJECTIVES = ("regrad", "direct", "rag")
-LEAST_WEIGHT = 0.03  # a gradient with less changes nothing, and would cost as much as any
 WeightsFor = Callable[[Sequence[float]], list[float]]
 Place = tuple[int, int]  # a task, and one of its passages
 
@@ -53,34 +52,6 @@ class EpisodeRules:
     passage_tokens: int = 512
 
 
-class Vectors:
-    """Unit vectors (d,) of texts, each embedded once. `encode` gives (n, d) for n texts."""
-
-    def __init__(self, encode: Callable[[Sequence[str]], np.ndarray]) -> None:
-        self._encode = encode
-        self._known: dict[str, np.ndarray] = {}
-
-    def add(self, texts: Sequence[str]) -> None:
-        """Embeds those that are new, together."""
-        fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if fresh:
-            self._known.update(zip(fresh, self._encode(fresh), strict=True))
-
-    def of(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, d)"""
-        import numpy as np
-
-        self.add(texts)
-        return np.stack([self._known[text] for text in texts])
-
-    def scores(self, question: str, vectors: np.ndarray) -> np.ndarray:
-        """How well each of (n, d) fits the question, (n,) float64."""
-        import numpy as np
-
-        # Not by a matrix product: its last bits, and with them the weights, would depend on the number of threads.
-        return np.einsum("nd,d->n", vectors, self.of([question])[0], dtype=np.float64)
-
-
 class Episodes:
     """The episodes of every step of a run, and those of validation.
 
@@ -104,9 +75,10 @@ class Episodes:
         self._rules = rules
         self._weights_for = weights_for
         self._seed = seed
-        self._spans = token_spans
         self._vectors = vectors
-        self._lexicon = Lexicon()
+        self._cutter: Cutter | None = None
+        if rules.segments > 1 and token_spans is not None and vectors is not None:
+            self._cutter = Cutter(token_spans, rules.segments, vectors)
         self._order: dict[int, list[int]] = {}
         self._places = [(number, place) for number, task in enumerate(tasks) for place in range(len(task.passages))]
         self._all: np.ndarray | None = None
@@ -187,20 +159,19 @@ class Episodes:
         """The segments of all its passages."""
         return [part for place in range(len(task.passages)) for part in self._parts(task, place)]
 
-    def _parts(self, task: Task, place: int) -> list[Segment]:
+    def _parts(self, task: Task, place: int) -> tuple[Segment, ...]:
         """A passage's segments."""
-        cut: tuple[str, ...] = (task.passages[place],)
-        if self._rules.segments > 1 and self._spans is not None:
-            cut = segments(task.passages[place], self._spans, self._rules.segments)
-        return [Segment(task.title, text) for text in cut]
+        if self._cutter is not None:
+            return self._cutter.segments(task.title, task.passages[place])
+        return (Segment(task.title, task.passages[place]),)
 
     def _weights_of(self, question: str, parts: Sequence[Segment]) -> list[float]:
         if self._vectors is None or len(parts) == 1:
             return self._weights_for([0.0] * len(parts))
-        scores = self._vectors.scores(question, self._vectors.of([part.embedding_text for part in parts]))
-        if self._rules.segments > 1:
-            scores = fits(question, parts, scores, self._lexicon)
-        return self._weights_for(scores.tolist())
+        if self._cutter is not None:
+            return self._weights_for(self._cutter.fits(question, parts))
+        vectors = self._vectors.of([part.embedding_text for part in parts])
+        return self._weights_for(self._vectors.scores(question, vectors).tolist())
 
     def _nearest(self, question: str, own: int, k: int) -> list[Place]:
         """The k passages of other tasks that fit the question best."""

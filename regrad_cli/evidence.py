@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.adaptation import Adaptation
 from regrad_cli.records import Notice, Progress, Skipped
+from regrad_cli.segments import Segment, heavy
 from regrad_cli.tasks import Task, TaskQuestion, read_tasks
 
 if TYPE_CHECKING:
     from regrad_cli.answer import Answerer
+    from regrad_cli.finding import Retrieved
     from regrad_cli.learn.codec import Codec
     from regrad_cli.learn.gradients import PassageGradients
     from regrad_cli.learn.model import Model
     from regrad_cli.learn.prior import Prior
     from regrad_cli.retrieval import MinScore
+    from regrad_cli.weighing import Cutter
 
 RECALL_AT = (1, 3, 10)
 
@@ -43,14 +46,14 @@ class Evidence:
     name    tells it from others, the same from run to run
     titles  of the passages, for people
     shown   the passages as they stand in a prompt
-    adapt   makes the adaptation by their gradients; None where there are none
+    adapt   question → the adaptation by their gradients; None where there are none
     found   the texts of a bank's hits, best first, at least ten where there are so many; None for a task's own passages
     """
 
     name: str
     titles: tuple[str, ...]
     shown: tuple[str, ...]
-    adapt: Callable[[], Adaptation] | None
+    adapt: Callable[[str], Adaptation] | None
     found: tuple[str, ...] | None = None
 
 
@@ -98,20 +101,25 @@ class OwnGradients:
     """Gradients of the tasks' own passages, computed here and kept as a bank would keep them.
 
     codec     None keeps them whole, in fp32
+    cutter    cuts and embeds passages; None where they stay whole
     unusable  {training text: why it has no gradient}
     """
 
-    def __init__(self, model: Model, prior: Prior, codec: Codec | None) -> None:
+    def __init__(self, model: Model, prior: Prior, codec: Codec | None, cutter: Cutter | None = None) -> None:
         self.model, self.prior, self.codec = model, prior, codec
         self.unusable: dict[str, str] = {}
+        self._cutter = cutter
         self._kept: dict[str, Any] = {}
 
-    def compute(self, texts: Sequence[str]) -> Iterator[Progress]:
-        """Takes the gradient of each text once."""
+    def compute(self, tasks: Sequence[Task]) -> Iterator[Progress]:
+        """Takes the gradient of each segment once."""
         from regrad_cli.learn.gradients import map_gradients
 
+        parts = [part for task in tasks for part in self._segments(task)]
+        if self._cutter is not None:
+            self._cutter.vectors.add([part.embedding_text for part in parts])
         ids = {}
-        for text in dict.fromkeys(texts):
+        for text in dict.fromkeys(part.training_text for part in parts):
             ids[text] = self.model.token_ids(text)
             limit = self.model.positions or len(ids[text])
             if not 2 <= len(ids[text]) <= limit:
@@ -128,8 +136,18 @@ class OwnGradients:
             done += len(part.positions)
             yield Progress("gradients", done, len(order))
 
+    def reason_against(self, task: Task) -> str | None:
+        """Why one of its passages has no gradient; None where all have."""
+        texts = (part.training_text for part in self._segments(task))
+        return next((self.unusable[text] for text in texts if text in self.unusable), None)
+
+    def _segments(self, task: Task) -> tuple[Segment, ...]:
+        if self._cutter is None:
+            return tuple(Segment(task.title, text) for text in task.passages)
+        return tuple(part for text in task.passages for part in self._cutter.segments(task.title, text))
+
     def _keep(self, part: PassageGradients) -> tuple[PassageGradients, list[Any]]:
-        """One row a passage: (codes, scales) of the codec, or the tensors."""
+        """One row a segment: (codes, scales) of the codec, or the tensors."""
         if self.codec is None:
             rows: list[Any] = [
                 {name: tensor[row].clone() for name, tensor in part.tensors.items()}
@@ -140,21 +158,25 @@ class OwnGradients:
         return replace(part, tensors={}), rows
 
     def evidence(self, task: Task) -> Evidence:
-        """The task's own passages, all of them computed; their weights are those of equally good hits."""
-        texts = task.training_texts
+        """The task's own passages, all of them computed. Where they are whole, their weights are those of equally good
+        hits."""
+        parts = self._segments(task)
 
-        def adapt() -> Adaptation:
+        def adapt(question: str) -> Adaptation:
             import numpy as np
             import torch
 
-            rows = [self._kept[text] for text in texts]
+            scores = [1.0] * len(parts) if self._cutter is None else self._cutter.fits(question, parts)
+            weights = self.prior.weights_for(scores)
+            kept = heavy(weights)
+            rows = [self._kept[parts[place].training_text] for place in kept]
             if self.codec is None:
                 gradients = {name: torch.stack([row[name] for row in rows]) for name in self.prior.tensors}
             else:
                 codes, scales = (np.stack(part) for part in zip(*rows, strict=True))
                 gradients = self.codec.decode(codes, scales, self.model.device)
-            weights = self.prior.weights_for([1.0] * len(texts))
-            return Adaptation(self.prior, gradients, tuple(weights), float(self.prior.card["gamma"]))
+            gamma = float(self.prior.card["gamma"])
+            return Adaptation(self.prior, gradients, tuple(weights[place] for place in kept), gamma, tuple(kept))
 
         return replace(own_passages(task), adapt=adapt)
 
@@ -173,8 +195,8 @@ def found_evidence(
         wide = yield from answerer.retrieve(question, AskOptions(k=max(RECALL_AT), min_score=None))
         hits = used.hits
 
-        def adapt(used: Any = used) -> Adaptation:
-            return answerer.adaptation(used, 1.0)
+        def adapt(asked: str, used: Retrieved = used) -> Adaptation:
+            return answerer.adaptation(asked, used, 1.0)
 
         found[one.number] = Evidence(
             name=" ".join(hit.passage.id for hit in hits),

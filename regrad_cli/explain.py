@@ -39,6 +39,6 @@ def explain(
         base_model=answer_log_probability(model, prompt_ids, answer_ids),
         passages=tuple(
             Effect(hit.passage.id, weight, together - alone)
-            for hit, weight, alone in zip(hits, adaptation.weights, without, strict=True)
+            for hit, weight, alone in zip(hits, adaptation.of_passages(len(hits)), without, strict=True)
         ),
     )

@@ -63,12 +63,13 @@ def export(
         from regrad_cli.learn.peft_layout import adapter_files, projections_of
         from regrad_cli.learn.prompt import question_text
 
-        adaptation = answerer.adaptation(found, options.gamma)
+        adaptation = answerer.adaptation(question, found, options.gamma)
         folder = answerer.model_folder
         base_model = base_model_name(model or settings.model_name, folder)
         projections = projections_of(folder)
         files = adapter_files(adaptation.prior, adaptation.change(), projections, base_model, dtype)
     _write_folder(out, files, force)
+    weights = adaptation.of_passages(len(found.hits))
     yield Exported(
         path=str(out),
         question=question,
@@ -79,7 +80,7 @@ def export(
         rank=next(iter(adaptation.prior.tensors.values())).shape[0],
         modules=len(projections),
         size_bytes=sum(map(len, files.values())),
-        passages=tuple(used(hit, weight) for hit, weight in zip(found.hits, adaptation.weights, strict=True)),
+        passages=tuple(used(hit, weight) for hit, weight in zip(found.hits, weights, strict=True)),
         partial=bool(found.left_out),
         notices=found.left_out,
     )

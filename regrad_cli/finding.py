@@ -92,9 +92,7 @@ class Opened:
         # Damaged rows are met anew by each question; a whole shard is missed once and then missing for the session.
         damaged = self.snapshot.damaged
         damaged[:] = [finding for finding in damaged if not finding.what.startswith("row ")]
-        hits = self._retriever.find(
-            question, lambda text: engine.question_embedder.encode_query(text), k, min_score=min_score, warm=warm
-        )
+        hits = self._retriever.find(question, engine.question_vector, k, min_score=min_score, warm=warm)
         self.left_out = tuple(
             f"{finding.file}: {finding.what}" + "".join(f", document {name}" for name in finding.documents)
             for finding in damaged

@@ -104,35 +104,41 @@ class Recoder:
     """
 
     def __init__(self, settings: BankSettings, name: str, device: str) -> None:
-        from regrad_cli.learn.codec import Codec, codec_of, parse_codec
+        from regrad_cli.learn.codec import parse_codec
         from regrad_cli.learn.model import choose_device
+        from regrad_cli.learn.rows import RowLayout, layout_of
 
-        self._old = codec_of(settings)
-        self._new = Codec(parse_codec(name), settings.tensors)
+        self._old = layout_of(settings)
+        self._new = RowLayout(parse_codec(name), settings.tensors, settings.segments, settings.embedding_dim)
         self._device = choose_device(device)
         layout = {"code_bytes": self._new.code_bytes, "scale_count": self._new.scale_count}
-        self.settings = replace(settings, codec=self._new.settings, **layout)  # type: ignore[arg-type]
-        row_bytes = 4 * sum(rows * cols for _, rows, cols in settings.tensors)
+        self.settings = replace(settings, codec=self._new.codec.settings, **layout)  # type: ignore[arg-type]
+        row_bytes = 4 * settings.segments * sum(rows * cols for _, rows, cols in settings.tensors)
         self._rows = max(1, DENSE_BYTES // max(1, row_bytes))
 
     @property
     def description(self) -> str:
         """What it does, and where, for people."""
         old, new = self._old, self._new
-        if new.settings == old.settings:
-            return f"the bank's codec is {old.settings} already"
+        codecs = old.codec.settings, new.codec.settings
+        if codecs[0] == codecs[1]:
+            return f"the bank's codec is {codecs[0]} already"
         more = new.code_bytes + 2 * new.scale_count > old.code_bytes + 2 * old.scale_count
-        gained = f"; nothing is gained by it, what {old.settings} left out stays lost" if more else ""
-        return f"re-encoding from {old.settings} to {new.settings} on {self._device}{gained}"
+        gained = f"; nothing is gained by it, what {codecs[0]} left out stays lost" if more else ""
+        return f"re-encoding from {codecs[0]} to {codecs[1]} on {self._device}{gained}"
 
     def recode(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, C) uint8 codes and (n, S) float16 scales of the old codec → those of the new one, in batches."""
         import numpy as np
 
         parts = [
-            self._new.encode(
-                self._old.decode(codes[start : start + self._rows], scales[start : start + self._rows], self._device)
-            )
+            self._batch(codes[start : start + self._rows], scales[start : start + self._rows])
             for start in range(0, len(codes), self._rows)
         ]
         return np.concatenate([codes for codes, _ in parts]), np.concatenate([scales for _, scales in parts])
+
+    def _batch(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = self._old.split(codes, scales)
+        decoded = self._old.codec.decode(parts.codes, parts.scales, self._device)
+        new_codes, new_scales = self._new.codec.encode(decoded)
+        return self._new.join(replace(parts, codes=new_codes, scales=new_scales), len(codes))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.characters import printable_name
 from regrad_cli.engine import narrated
-from regrad_cli.episodes import Episodes, Vectors
+from regrad_cli.episodes import Episodes
 from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
 from regrad_cli.fingerprints import fingerprint, fingerprint_embedder
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
@@ -23,6 +23,7 @@ from regrad_cli.tasks import Task, read_tasks
 from regrad_cli.trainevents import Trained, TrainStep, Validated
 from regrad_cli.trainfiles import TrainFiles, last_losses
 from regrad_cli.trainoptions import MetaTrainOptions, held_out, refuse, spread
+from regrad_cli.weighing import Vectors
 
 if TYPE_CHECKING:
     from regrad_cli.learn.meta import Episode

@@ -70,7 +70,7 @@ def move(bank: Path, options: MoveOptions) -> Iterator[Event]:
             settings,
             prior,
             snapshot.check,
-            with_embedder=False,
+            with_embedder=settings.segments > 1,
             device=options.device,
             dtype=options.dtype,
             found=engines,

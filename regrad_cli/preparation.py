@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from regrad_cli.learn.model import Model
     from regrad_cli.learn.prior import Prior
     from regrad_cli.retrieval import MinScore
+    from regrad_cli.weighing import Cutter
 
 MODES = ("direct", "rag", "direct-tuned", "rag-tuned", "cpt", "regrad", "both", "prior", "other", "random")
 SHOWING = frozenset({"rag", "rag-tuned", "both"})  # passages stand in the prompt
@@ -196,10 +197,11 @@ class Bench:
     @cached_property
     def codec(self) -> Codec | None:
         """What the gradients go through, or have gone through."""
-        from regrad_cli.learn.codec import Codec, codec_of, parse_codec
+        from regrad_cli.learn.codec import Codec, parse_codec
+        from regrad_cli.learn.rows import layout_of
 
         if self.answerer is not None:
-            return codec_of(self.answerer.settings)
+            return layout_of(self.answerer.settings).codec
         if self.options.codec is None:
             return None
         name = self.prior.codec if self.options.codec == AUTO else self.options.codec
@@ -213,15 +215,28 @@ class Bench:
             return
         make = own_passages
         if BY_GRADIENT & set(self.modes):
-            own = OwnGradients(self.model, self.prior, self.codec)
+            cutter = (yield from self._cutter()) if self.prior.segments > 1 else None
+            own = OwnGradients(self.model, self.prior, self.codec, cutter)
             make = own.evidence
-            yield from own.compute([text for one in self.asked for text in one.task.training_texts])
+            yield from own.compute(self._tasks())
             for task in self._tasks():
-                reason = next((own.unusable[text] for text in task.training_texts if text in own.unusable), None)
+                reason = own.reason_against(task)
                 if reason is not None:
                     self._leave_out(task.id, [one for one in self.asked if one.task is task], reason)
         made = {task.id: make(task) for task in self._tasks()}
         self.evidence = {one.number: made[one.task.id] for one in self.asked}
+
+    def _cutter(self) -> Generator[Notice, None, Cutter]:
+        """Cuts and embeds passages as a bank would."""
+        from regrad_cli.embed import load_embedder
+        from regrad_cli.learn.model import choose_device
+        from regrad_cli.learn.tokens import Tokenizer
+        from regrad_cli.weighing import Cutter, Vectors
+
+        folders: list[ModelFolder] = []
+        yield from narrated(partial(resolve_embedder, self.options.embedder), folders)
+        embedder = load_embedder(folders[0].path, device=str(choose_device(self.options.device)))
+        return Cutter(Tokenizer(self.folder.path).spans, self.prior.segments, Vectors(embedder.encode))
 
     def _tasks(self) -> list[Task]:
         return list({one.task.id: one.task for one in self.asked}.values())

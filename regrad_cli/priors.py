@@ -50,7 +50,8 @@ def new_settings(
     identity = fingerprint(model.path)
     prior = prior_for(model, identity, prior_file, seed=seed)
     codec_settings = parse_codec(prior.codec if codec == AUTO else codec)
-    fields, data = _fields_of(prior, codec_settings)
+    dimension = load_embedder(embedder.path, device="cpu").dimension
+    fields, data = _fields_of(prior, codec_settings, dimension)
     settings = BankSettings(
         model=identity.model,
         model_name=model.name,
@@ -58,7 +59,7 @@ def new_settings(
         codec=codec_settings,
         embedder=fingerprint_embedder(embedder.path),
         embedder_name=embedder.name,
-        embedding_dim=load_embedder(embedder.path, device="cpu").dimension,
+        embedding_dim=dimension,
         chunk_tokens=chunk_tokens,
         chunk_overlap=chunk_overlap,
         keep_text=keep_text,
@@ -84,23 +85,24 @@ def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettin
         prior = Prior.from_bytes(shipped, "the prior that comes with regrad")
     else:
         prior = _read_prior(prior_file, settings.model_name, settings.model)
-    fields, data = _fields_of(prior, settings.codec)
+    fields, data = _fields_of(prior, settings.codec, settings.embedding_dim)
     return replace(settings, **fields), data
 
 
-def _fields_of(prior: Prior, codec: CodecSettings) -> tuple[dict[str, Any], bytes]:
+def _fields_of(prior: Prior, codec: CodecSettings, dimension: int) -> tuple[dict[str, Any], bytes]:
     """The fields of a bank's settings that a prior decides, and its bytes as the bank keeps them."""
-    from regrad_cli.learn.codec import Codec
+    from regrad_cli.learn.rows import widths
 
     data = prior.to_bytes()
-    layout = Codec(codec, prior.shapes)
+    code_bytes, scale_count = widths(codec, prior.shapes, prior.segments, dimension)
     fields = {
         "prior": sha256_hex(data),
         "prior_name": str(prior.card["name"]),
         "prior_trained": prior.trained,
         "tensors": prior.shapes,
-        "code_bytes": layout.code_bytes,
-        "scale_count": layout.scale_count,
+        "code_bytes": code_bytes,
+        "scale_count": scale_count,
+        "segments": prior.segments,
     }
     return fields, data
 

@@ -134,7 +134,8 @@ class BankSettings:
     """What a bank was made for; fixed at `init`, stored in every manifest, compared before anything is computed.
 
     model, tokenizer, prior, embedder are fingerprints (64 hex digits); the *_name fields are what a person calls them.
-    code_bytes and scale_count are the codec's row: (code_bytes,) uint8 and (scale_count,) float16.
+    code_bytes and scale_count are a row's gradients: (code_bytes,) uint8 and (scale_count,) float16, of at most
+    `segments` segments of its passage.
     """
 
     model: str
@@ -153,6 +154,7 @@ class BankSettings:
     chunk_tokens: int = 192
     chunk_overlap: int = 24
     keep_text: bool = True
+    segments: int = 1
 
     @property
     def estimated_row_bytes(self) -> int:
@@ -161,7 +163,10 @@ class BankSettings:
         return row + (6 * self.chunk_tokens if self.keep_text else 0)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"tensors": [list(tensor) for tensor in self.tensors]}
+        data = asdict(self) | {"tensors": [list(tensor) for tensor in self.tensors]}
+        if self.segments == 1:  # as banks were before there were segments, and as their readers know them
+            del data["segments"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> BankSettings:

@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from regrad_cli.lexical import Lexicon
 
 SEGMENT_TOKENS = 40  # a text is cut into about as many segments as it has so many tokens
+LEAST_TOKENS = 4  # a shorter stretch goes with the one before it: of a single token there is no gradient
 SHARED_WORDS = 0.08  # what a word that only one segment shares with the question adds, over log(segments + 1)
+LEAST_WEIGHT = 0.03  # a gradient with less changes nothing, and would cost as much as any
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a passage, with the title of the passage."""
+    """A stretch of a passage, with the title of the passage; `begin` is its first character there."""
 
     title: str
     text: str
+    begin: int = 0
 
     @property
     def training_text(self) -> str:
@@ -39,6 +42,15 @@ class Segment:
     def embedding_text(self) -> str:
         """The exact text that is embedded to weigh it."""
         return embedding_text(self.title, self.text)
+
+
+def cosines(question: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Of a question's vector (d,) and those of texts (n, d), which need not be of unit norm: (n,) float64."""
+    import numpy as np
+
+    # Not by a matrix product: its last bits, and with them the weights, would depend on the number of threads.
+    products = np.einsum("nd,d->n", vectors, question, dtype=np.float64)
+    return products / np.maximum(np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)), 1e-12)
 
 
 def fits(question: str, parts: Sequence[Segment], cosines: np.ndarray, lexicon: Lexicon) -> np.ndarray:
@@ -55,26 +67,42 @@ def fits(question: str, parts: Sequence[Segment], cosines: np.ndarray, lexicon: 
     return cosines + SHARED_WORDS * sharing(lexicon.terms(question), terms)
 
 
-def segments(text: str, token_spans: TokenSpans, most: int) -> tuple[str, ...]:
-    """The text's segments in order, at most `most`; the text itself where it is short or one sentence.
+def heavy(weights: Sequence[float]) -> list[int]:
+    """The places of those gradients that are applied; each of the others hardly weighs anything."""
+    least = min(LEAST_WEIGHT, max(weights))  # of very many each has less
+    return [place for place, weight in enumerate(weights) if weight >= least]
+
+
+def cut(title: str, text: str, token_spans: TokenSpans, most: int) -> tuple[Segment, ...]:
+    """A passage's segments in order, at most `most`; the text itself where it is short or one sentence.
 
     token_spans  text → (start, end) characters of each token
     The largest of them is as small as whole sentences, items and rows allow.
     """
+    return pieces(title, text, _begins(text, token_spans, most))
+
+
+def pieces(title: str, text: str, begins: Sequence[int]) -> tuple[Segment, ...]:
+    """The segments of a passage that begin with these characters of its text."""
+    ends = [last_of(text, *stretch) for stretch in pairwise(begins)] + [len(text)]
+    return tuple(Segment(title, text[begin:end], begin) for begin, end in zip(begins, ends, strict=True))
+
+
+def _begins(text: str, token_spans: TokenSpans, most: int) -> list[int]:
     if most < 2:
-        return (text,)
+        return [0]
     tokens = Tokens(text, token_spans)
     wanted = min(most, round(len(tokens.ends) / SEGMENT_TOKENS))
     if wanted < 2:
-        return (text,)
+        return [0]
     outline = read_outline(text)
     begins = sorted({0, *outline.starts, *(section.start for section in outline.sections)})
     sizes = [tokens.count(begin, end) for begin, end in pairwise([*begins, len(text)])]
     limit = max(*sizes, -(-sum(sizes) // wanted))
     while len(firsts := _packed(sizes, limit)) > wanted:
         limit += 1
-    cuts = [begins[first] for first in firsts]
-    return tuple(text[begin : last_of(text, begin, end)] for begin, end in pairwise([*cuts, len(text)]))
+    groups = pairwise([*firsts, len(sizes)])
+    return [begins[first] for first, end in groups if not first or sum(sizes[first:end]) >= LEAST_TOKENS]
 
 
 def _packed(sizes: list[int], limit: int) -> list[int]:

@@ -115,17 +115,18 @@ def _weights(model: Model, chosen: Sequence[Asked], way: Way) -> AbstractContext
         return nullcontext()
     if way.source is None:
         return adapted(model, way.lora)
-    changes: dict[Evidence, dict[str, Any]] = {}
+    changes: dict[tuple[Evidence, str], dict[str, Any]] = {}
     rows = []
     for one in chosen:
         source = way.source(one)
-        if source not in changes:
+        question = one.question.question
+        if (source, question) not in changes:
             assert source.adapt is not None
-            adaptation = source.adapt()
+            adaptation = source.adapt(question)
             if way.alter is not None:
                 adaptation = way.alter(adaptation, source)
-            changes[source] = adaptation.change()
-        rows.append(changes[source])
+            changes[source, question] = adaptation.change()
+        rows.append(changes[source, question])
     return adapted_rows(model, way.lora, rows)
 
 

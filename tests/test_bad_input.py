@@ -372,7 +372,7 @@ def test_banks_of_different_models_differ_in_their_settings_and_have_no_cosine(b
 
 def test_promise_16_a_bank_whose_settings_are_of_no_codec_is_14_before_memory_is_taken() -> None:
     """Rows of a few bytes that say to be gradients of a terabyte."""
-    from regrad_cli.learn.codec import codec_of
+    from regrad_cli.learn.rows import layout_of
 
     small = settings_of_bank()
     for changes in (
@@ -383,4 +383,4 @@ def test_promise_16_a_bank_whose_settings_are_of_no_codec_is_14_before_memory_is
     ):
         made_for = type(small).from_json(replace(small, **changes).to_json())
         with pytest.raises(Damaged, match="do not agree"):
-            codec_of(made_for)
+            layout_of(made_for)

@@ -309,7 +309,9 @@ def test_a_reader_written_from_the_page_reads_a_bank(bank: Path) -> None:
     found = list(READER["rows"](bank))
     assert [Passage(**passage) for passage, _ in found] == list(rows.passages)
     assert len(found) == 4
-    for row, (_, tensors) in enumerate(found):
+    for row, (_, segments) in enumerate(found):
+        ((begin, vector, tensors),) = segments
+        assert (begin, vector) == (0, None)
         assert tensors.keys() == decoded.keys()
         for name, matrix in tensors.items():
             expected = decoded[name][row].double().numpy()

@@ -14,11 +14,12 @@ import pytest
 from train_runs import LONG, PLACES
 from train_runs import task as task_line
 
-from regrad_cli.episodes import EpisodeRules, Episodes, Vectors
+from regrad_cli.episodes import EpisodeRules, Episodes
 from regrad_cli.learn.meta import Episode
 from regrad_cli.learn.model import Model, load_model
 from regrad_cli.learn.prompt import prompt_ids
 from regrad_cli.tasks import Task, TaskQuestion
+from regrad_cli.weighing import Vectors
 
 COUNT = 8
 

@@ -174,7 +174,9 @@ def test_the_passage_that_says_it_helped_and_the_one_with_its_gradient_turned_ro
         for name, tensor in part.tensors.items():
             tensors.setdefault(name, []).append(sign * tensor[0])
     small = replace(prior, log_step_sizes=dict.fromkeys(prior.tensors, -4.6))
-    adaptation = Adaptation(small, {name: torch.stack(each) for name, each in tensors.items()}, (1.0, 1.0, 1.0), 1.0)
+    adaptation = Adaptation(
+        small, {name: torch.stack(each) for name, each in tensors.items()}, (1.0, 1.0, 1.0), 1.0, (0, 1, 2)
+    )
     hits = [Hit(RowRef(0, row), 0.5, Passage("d", "d", "", row, 0, 40, None)) for row in range(3)]
     told = explain(model, adaptation, hits, own[:10], own[10:])
     helped, stranger, hindered = (each.change for each in told.passages)

@@ -228,7 +228,7 @@ def test_the_tensors_are_the_prior_and_its_change_in_fp32_or_as_asked(made: Path
     export(made, tmp_path / "half", dtype="bf16")
     whole, half = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "half")
     with Answerer(made, modes={"regrad"}, device="cpu") as answerer:
-        adaptation = answerer.adaptation(returned(answerer.retrieve(QUESTION, AskOptions())), 1.0)
+        adaptation = answerer.adaptation(QUESTION, returned(answerer.retrieve(QUESTION, AskOptions())), 1.0)
         change = adaptation.change()
     assert len(whole) == len(adaptation.prior.tensors)
     for name, tensor in adaptation.prior.tensors.items():

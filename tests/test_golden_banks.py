@@ -151,10 +151,15 @@ def test_the_reader_in_the_formats_page_reads_them_too(tmp_path: Path) -> None:
     exec(re.search(r"<!-- reader -->\n```python\n(.*?)```", page, re.S)[1], reader)  # type: ignore[index]
     for name in set(golden.NAMES) - {"packed"}:
         wanted, found = expected(name), {}
-        for passage, matrices in reader["rows"](golden.brought_out(name, tmp_path)):
+        for passage, segments in reader["rows"](golden.brought_out(name, tmp_path)):
             one = f"{passage['document']}:{passage['ordinal']}"
             assert [passage["source"], passage["title"], passage["text"]] == wanted["rows"][one][:3]
-            found[one] = {name: [each for row in matrix for each in row] for name, matrix in matrices.items()}
+            begins = [
+                [begin, [float(f"{q:.6g}") for q in vector]] for begin, vector, _ in segments if vector is not None
+            ]
+            assert begins == wanted.get("segments", {}).get(one, [])
+            flat = [{n: [v for row in matrix for v in row] for n, matrix in m.items()} for _, _, m in segments]
+            found[one] = {n: [sum(each) for each in zip(*(m[n] for m in flat), strict=True)] for n in flat[0]}
         assert found.keys() == wanted["rows"].keys()
         assert list(differences({one: found[one] for one in wanted["gradients"]}, wanted["gradients"])) == []
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regrad_cli.lexical import Lexicon, sharing
-from regrad_cli.segments import SEGMENT_TOKENS, SHARED_WORDS, Segment, fits, segments
+from regrad_cli.passages import TokenSpans
+from regrad_cli.segments import LEAST_TOKENS, SEGMENT_TOKENS, SHARED_WORDS, Segment, cosines, cut, fits, heavy, pieces
 
 SENTENCES = (
     "The harbour lies behind two islands.",
@@ -26,6 +27,10 @@ SENTENCES = (
 def by_letters(text: str) -> list[tuple[int, int]]:
     """Every letter is a token."""
     return [match.span() for match in re.finditer(r"\S", text)]
+
+
+def segments(text: str, token_spans: TokenSpans, most: int) -> tuple[str, ...]:
+    return tuple(part.text for part in cut("", text, token_spans, most))
 
 
 def letters(text: str) -> int:
@@ -60,6 +65,31 @@ def test_paragraphs_items_and_headings_are_borders_too() -> None:
     text = "# The lamp\n" + "lit at dusk " * 5 + "\n\n# The bell\n" + "rung at dawn " * 5 + "\n\n- " + "red ferry " * 5
     found = segments(text, by_letters, 3)
     assert [part.split()[0] for part in found] == ["#", "#", "-"]
+
+
+@given(st.lists(st.sampled_from(SENTENCES), min_size=1, max_size=9), st.integers(1, 5))
+def test_their_beginnings_alone_give_them_again(sentences: list[str], most: int) -> None:
+    text = "\n\n".join(sentences)
+    found = cut("Tarn", text, by_letters, most)
+    assert found[0].begin == 0 and all(text.startswith(part.text, part.begin) for part in found)
+    assert pieces("Tarn", text, [part.begin for part in found]) == found
+
+
+def test_a_stretch_of_a_token_or_two_has_no_gradient_of_its_own() -> None:
+    long = "the lamp and the bell and the ferry and " * 20
+    assert len(segments(f"{long}.\n\nNo.", by_letters, 3)) == 1
+    enough = "x" * LEAST_TOKENS
+    assert segments(f"{long}.\n\n{enough}", by_letters, 3)[-1] == enough
+
+
+def test_gradients_that_hardly_weigh_are_left_out_and_one_always_stays() -> None:
+    assert heavy([0.9, 0.02, 0.03, 0.05]) == [0, 2, 3]
+    assert heavy([0.01] * 100) == list(range(100))
+
+
+def test_cosines_are_those_of_vectors_of_any_length() -> None:
+    vectors = np.array([[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [0.0, 0.0]], np.float32)
+    assert cosines(np.array([1.0, 0.0], np.float32), vectors) == pytest.approx([1, 0, np.sqrt(0.5), 0])
 
 
 def test_words_that_one_segment_shares_count_for_more_than_words_that_all_share() -> None:

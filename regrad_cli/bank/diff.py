@@ -113,6 +113,7 @@ def _told(manifest: Manifest) -> dict[str, Any]:
         "tensors": {"count": len(shapes), "values": sum(rows * cols for rows, cols in shapes)},
         "codec": {"name": str(settings.codec), **asdict(settings.codec)},
         "embedder": {"name": settings.embedder_name, "fingerprint": settings.embedder, "size": settings.embedding_dim},
+        "segments": settings.segments,
         "chunk_tokens": settings.chunk_tokens,
         "chunk_overlap": settings.chunk_overlap,
         "keep_text": settings.keep_text,

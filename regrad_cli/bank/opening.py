@@ -11,8 +11,9 @@ from pathlib import Path
 
 from regrad_cli.bank import files, layout
 from regrad_cli.bank.damage import REPAIR, DamagedFile
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest, parse, refuse_newer_format
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
 from regrad_cli.bank.packed import Packed
+from regrad_cli.bank.parsing import parse, refuse_newer_format
 from regrad_cli.bank.snapshot import Snapshot
 from regrad_cli.bank.store import Folder, Region, open_plain_file
 from regrad_cli.errors import NoBank, UsageProblem

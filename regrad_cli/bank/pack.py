@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 from regrad_cli.bank import files, layout
 from regrad_cli.bank.damage import DamagedFile
-from regrad_cli.bank.manifest import parse
 from regrad_cli.bank.opening import open_bank
 from regrad_cli.bank.packed import (
     BEGINNING,
@@ -34,6 +33,7 @@ from regrad_cli.bank.packed import (
     members,
     padding,
 )
+from regrad_cli.bank.parsing import parse
 from regrad_cli.bank.store import READ_BYTES, Store, open_plain_file
 from regrad_cli.errors import NoBank, RegradError, StorageFailed, UsageProblem
 from regrad_cli.places import expanded

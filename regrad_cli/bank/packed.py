@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 from regrad_cli.bank import layout
 from regrad_cli.bank.damage import DamagedFile, Finding
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest, parse, refuse_newer_format
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
+from regrad_cli.bank.parsing import parse, refuse_newer_format
 from regrad_cli.bank.store import Region, open_plain_file
 from regrad_cli.errors import NoBank
 

@@ -27,6 +27,7 @@ def initialised(terminal: Terminal, path: Path, settings: BankSettings) -> None:
                 "prior_trained": settings.prior_trained,
                 "embedder": settings.embedder_name,
                 "codec": str(settings.codec),
+                "segments": settings.segments,
                 "chunk_tokens": settings.chunk_tokens,
                 "chunk_overlap": settings.chunk_overlap,
                 "keep_text": settings.keep_text,

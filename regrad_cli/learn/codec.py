@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from regrad_cli.errors import Damaged, UsageProblem
+from regrad_cli.errors import UsageProblem
 from regrad_cli.learn.adapt import Tensors
-from regrad_cli.records import BankSettings, CodecSettings, TensorShape
+from regrad_cli.records import CodecSettings, TensorShape
 
 NAMES = "rN-int4, rN-int8 (low rank N), int4, int8 (full rank)"
-MOST_VALUES = 1 << 29  # of one gradient, decoded: 2 GiB in fp32; rank 64 on a model of 70 billion weights has half
 
 
 def parse_codec(name: str) -> CodecSettings:
@@ -51,27 +50,6 @@ def row_widths(settings: CodecSettings, shapes: Sequence[TensorShape]) -> tuple[
         units += small * rank
         values += (rank or 1) * -(-length // settings.group) * settings.group
     return vectors + units + values * settings.bits // 8, values // settings.group
-
-
-def codec_of(settings: BankSettings) -> Codec:
-    """The codec of a bank's rows.
-
-    raises  Damaged where the settings are of no codec, or do not agree with one another: a crafted bank's could ask for
-            any amount of memory
-    """
-    codec, shapes = settings.codec, settings.tensors
-    known = codec.kind in ("lowrank", "full") and codec.bits in (4, 8) and codec.group > 0 and codec.group % 2 == 0
-    known &= (codec.rank > 0) == (codec.kind == "lowrank") and bool(shapes)
-    named = len({shape.name for shape in shapes}) == len(shapes)
-    sizes = [shape.rows * shape.cols for shape in shapes]
-    fits = known and named and min(sizes) > 0 and sum(sizes) <= MOST_VALUES
-    if not fits or row_widths(codec, shapes) != (settings.code_bytes, settings.scale_count):
-        raise Damaged(
-            f"the bank's settings do not agree with one another: {codec} of {len(shapes)} tensors, rows of "
-            f"{settings.code_bytes} bytes",
-            "take the bank from its source again",
-        )
-    return Codec(codec, shapes)
 
 
 @dataclass(frozen=True)

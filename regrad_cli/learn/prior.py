@@ -26,6 +26,7 @@ FORMAT = "regrad prior 1"
 LOG_STEP_SIZES = "log_step_sizes"
 VALUES, INT8 = "values", "int8"
 MOST_K = 1000
+MOST_SEGMENTS = 64
 STEEPEST = 60.0  # of log α in size: beyond it a step leaves float32, or does nothing
 UNTRAINED_CARD = {"name": "untrained", "trained": False, "k": 3, "weights": "mean", "gamma": 1.0}
 
@@ -38,7 +39,8 @@ class Prior:
                     projection, in the model's order
     log_step_sizes  {name: log α}, one for every tensor
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
-                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it
+                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "segments" where
+                    passages were cut
     """
 
     tensors: dict[str, torch.Tensor]
@@ -63,6 +65,11 @@ class Prior:
     def codec(self) -> str:
         """The codec that gradients of this prior are stored with where nothing else is asked for."""
         return str(self.card.get("codec", "r1-int4"))
+
+    @property
+    def segments(self) -> int:
+        """Into at most how many segments a passage was cut in its training, each with a gradient of its own."""
+        return int(self.card.get("segments", 1))
 
     @property
     def shapes(self) -> tuple[TensorShape, ...]:
@@ -156,6 +163,9 @@ def _refuse_odd_card(card: Mapping[str, Any]) -> None:
         raise ValueError("its card's name, or whether it is trained, is none")
     if type(card["k"]) is not int or not 1 <= card["k"] <= MOST_K:
         raise ValueError(f"its card's k is not from 1 to {MOST_K}")
+    segments = card.get("segments", 1)
+    if type(segments) is not int or not 1 <= segments <= MOST_SEGMENTS:
+        raise ValueError(f"its card's segments are not from 1 to {MOST_SEGMENTS}")
     rules = {"mean": 1.0, "sum": 1.0, "softmax": card.get("temperature", 0.0)}
     for number in (card["gamma"], rules[card["weights"]]):
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e9:

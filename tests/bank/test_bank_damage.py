@@ -25,7 +25,8 @@ from safetensors.numpy import load, save
 from regrad_cli.bank import log, open_bank, remove_documents, verify, write_bank
 from regrad_cli.bank.building import build_shard
 from regrad_cli.bank.damage import DamagedFile, DamagedRow
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, MAX_DIMENSION, SHARD_ROWS, parse
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, SHARD_ROWS
+from regrad_cli.bank.parsing import MAX_DIMENSION, parse
 from regrad_cli.bank.shards import HEADER_LIMIT, expected_tensors, parse_header, passage_line, row_checksum
 from regrad_cli.bank.store import Region
 from regrad_cli.errors import Damaged, RegradError, UnknownFormat

@@ -370,10 +370,10 @@ def test_promise_16_a_manifest_whose_move_is_not_one_is_damage(bank: Path, chang
 def test_promise_20_a_version_that_knows_no_moves_may_read_and_not_write(
     bank: Path, before: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrad_cli.bank import manifest
+    from regrad_cli.bank import parsing
 
     move(bank, stop=1)
-    monkeypatch.setattr(manifest, "WRITER_FLAGS", frozenset())
+    monkeypatch.setattr(parsing, "WRITER_FLAGS", frozenset())
     assert content(bank) == before
     with pytest.raises(UnknownFormat, match="move"), write_bank(bank):
         pass

@@ -25,8 +25,9 @@ from regrad_cli.bank import write_bank as open_to_write
 from regrad_cli.bank.building import lay_out
 from regrad_cli.bank.diff import differences
 from regrad_cli.bank.locks import _holder
-from regrad_cli.bank.manifest import Manifest, parse
+from regrad_cli.bank.manifest import Manifest
 from regrad_cli.bank.packed import END, header, looks_packed, padding
+from regrad_cli.bank.parsing import parse
 from regrad_cli.bank.planning import plan_compaction
 from regrad_cli.bank.repair import no_priors
 from regrad_cli.bank.salvage import salvage

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from regrad_cli.bank.manifest import _settings
+from regrad_cli.bank.parsing import _settings
 from regrad_cli.errors import RegradError
 
 from .mutations import Choose, in_bytes, in_json, in_lines
@@ -147,17 +147,22 @@ def targets(scratch: Path) -> list[Target]:
         """Rows of a bank whose settings are of somebody's choice, decoded."""
         import numpy as np
 
-        from regrad_cli.learn.codec import codec_of
+        from regrad_cli.learn.rows import Parts, layout_of
 
         try:
             settings = _settings(json.loads(data))  # what a manifest may say
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
             return
-        found = _quiet(lambda: codec_of(settings))
+        found = _quiet(lambda: layout_of(settings))
         if found is None:
             return
-        codes = np.full((2, settings.code_bytes), 255, np.uint8)
-        decoded = found.decode(codes, np.ones((2, settings.scale_count), np.float16))
+        codes = np.full((2, found.codec.code_bytes), 255, np.uint8)
+        scales = np.ones((2, found.codec.scale_count), np.float16)
+        vectors = np.ones((2, settings.embedding_dim), np.float32)
+        joined = found.join(Parts(np.arange(2), np.zeros(2, np.int64), vectors, codes, scales), 2)
+        assert [part.shape[1] for part in joined] == [settings.code_bytes, settings.scale_count]
+        _quiet(lambda: found.split(np.full((2, settings.code_bytes), 255, np.uint8), joined[1]))
+        decoded = found.sums(*joined)
         assert [tensor.shape[1:] for tensor in decoded.values()] == [shape[1:] for shape in settings.tensors]
 
     return [

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from regrad_cli.bank import Snapshot, log, open_bank
-from regrad_cli.learn.codec import Codec
 from regrad_cli.learn.prior import Prior
+from regrad_cli.learn.rows import layout_of
 
 FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
@@ -52,7 +52,7 @@ def told(path: Path) -> dict[str, Any]:
             "moved": None if moved is None else _rows(moved) | {"prior": _prior(moved.prior_bytes())},
             "older": {str(entry["snapshot"]): _older(path, entry["snapshot"]) for entry in entries[1:]},
             "files": sorted([name, file.bytes] for name, file in bank.manifest.files()),
-        }
+        } | _segments(bank)
 
 
 def _older(path: Path, number: int) -> list[str]:
@@ -73,16 +73,29 @@ def _rows(bank: Snapshot) -> dict[str, Any]:
 
 
 def _gradients(bank: Snapshot) -> dict[str, dict[str, list[float]]]:
-    """Of each document's first passage, in numbers; of the others the bytes are told."""
-    codec = Codec(bank.settings.codec, bank.settings.tensors)
+    """Of each document's first passage, in numbers, its segments added up; of the others the bytes are told."""
+    made = layout_of(bank.settings)
     found = {}
     for ref, passage, _ in bank.passages():
         if passage.ordinal:
             continue
         rows = bank.read_rows([ref])
-        decoded = codec.decode(rows.codes, rows.scales)
+        decoded = made.sums(rows.codes, rows.scales)
         found[passage.id] = {name: _numbers(tensor[0].flatten().numpy()) for name, tensor in decoded.items()}
     return found
+
+
+def _segments(bank: Snapshot) -> dict[str, list[Any]]:
+    """Where each passage's segments begin, and their vectors; nothing where passages are whole."""
+    if bank.settings.segments == 1:
+        return {}
+    made, found = layout_of(bank.settings), {}
+    for ref, passage, _ in bank.passages():
+        rows = bank.read_rows([ref])
+        parts = made.split(rows.codes, rows.scales)
+        assert parts.vectors is not None
+        found[passage.id] = list(map(list, zip(parts.begins.tolist(), map(_numbers, parts.vectors), strict=True)))
+    return {"segments": found}
 
 
 def _prior(data: bytes) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from regrad_cli.bank import (
 from regrad_cli.bank.compact import compact_bank
 from regrad_cli.learn.codec import Codec, parse_codec
 from regrad_cli.learn.prior import Prior
+from regrad_cli.learn.rows import Parts, RowLayout, layout_of
 from regrad_cli.records import BankSettings, Passage, TensorShape, document_id, row_key, sha256_hex
 
 DIMENSION = 8
@@ -59,17 +60,18 @@ SIZES = {PLAIN[1][0]: 1e-30, PLAIN[2][0]: 1e30, "table.csv#3": 0.0}  # of a docu
 LATER = (("table.csv#3", "Row", ("third, of the table",)), ("stdin#note", "Note", ("said once", "and once more")))
 
 
-def prior(seed: int, name: str, *, rounded: bool = False) -> Prior:
+def prior(seed: int, name: str, *, rounded: bool = False, **more: object) -> Prior:
     drawn = np.random.default_rng(seed)
     tensors = {s.name: torch.from_numpy(drawn.normal(0, 0.1, (s.rows, s.cols)).astype(np.float32)) for s in SHAPES}
     logs = {shape.name: float(place - 2) / 4 for place, shape in enumerate(SHAPES)}
     card = {"name": name, "trained": True, "model": sha256_hex("model"), "rank": 2, "k": 3, "gamma": 1.5}
-    made = Prior(tensors, logs, card | {"weights": "mean"})
+    made = Prior(tensors, logs, card | {"weights": "mean"} | more)
     return made.rounded() if rounded else made
 
 
 def settings(of: Prior, codec: str, **changes: object) -> BankSettings:
-    made = Codec(parse_codec(codec), SHAPES)
+    cut = int(str(changes.get("segments", 1)))
+    made = RowLayout(parse_codec(codec), SHAPES, cut, DIMENSION)
     values: dict[str, object] = {
         "model": sha256_hex("model"),
         "model_name": "golden",
@@ -78,7 +80,7 @@ def settings(of: Prior, codec: str, **changes: object) -> BankSettings:
         "prior_name": of.card["name"],
         "prior_trained": of.trained,
         "tensors": SHAPES,
-        "codec": made.settings,
+        "codec": made.codec.settings,
         "code_bytes": made.code_bytes,
         "scale_count": made.scale_count,
         "embedder": sha256_hex("embedder"),
@@ -105,14 +107,25 @@ def rows(made_for: BankSettings, source: str, title: str, texts: tuple[str, ...]
         Passage(document, source, title, ordinal, 40 * ordinal, 5 + (len(text) + ordinal) % 60, text)
         for ordinal, text in enumerate(texts)
     ]
-    codec = Codec(made_for.codec, made_for.tensors)
-    coded = [codec.encode(gradients(made_for, passage)) for passage in passages]
+    coded = [encoded(made_for, passage) for passage in passages]
     drawn = np.random.default_rng(list(document.encode()))
     vectors = drawn.normal(size=(len(passages), made_for.embedding_dim))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     keys = [row_key(passage, made_for.model, made_for.tokenizer, made_for.prior) for passage in passages]
     codes, scales = (np.concatenate(parts) for parts in zip(*coded, strict=True))
     return passages, keys, codes, scales, vectors.astype(np.float16)
+
+
+def encoded(made_for: BankSettings, passage: Passage) -> tuple[np.ndarray, np.ndarray]:
+    """One row; where passages are cut, as many segments as its text has fours of letters, each with the same gradient
+    times its number."""
+    made = layout_of(made_for)
+    gradient = gradients(made_for, passage)
+    count = min(made_for.segments, len(passage.text or "") // 4)
+    scaled = {name: torch.cat([tensor * (1 + place) for place in range(count)]) for name, tensor in gradient.items()}
+    vectors = np.eye(count, made_for.embedding_dim, dtype=np.float32)
+    begins = 4 * np.arange(count)
+    return made.join(Parts(np.zeros(count, np.int64), begins, vectors, *made.codec.encode(scaled)), 1)
 
 
 def filled(path: Path, codec: str = "r1-int4", *commits: tuple, of: Prior | None = None, **changes: object) -> None:
@@ -205,6 +218,7 @@ BANKS: Mapping[str, Callable[[Path], None]] = {
     "compacted": compacted,
     "indexed": indexed,
     "no-text": lambda path: filled(path, "r1-int4", PLAIN, keep_text=False),
+    "segments": lambda path: filled(path, "r1-int4", PLAIN, LATER, of=prior(4, "cut", segments=3), segments=3),
     "empty": lambda path: filled(path, "r1-int4", ()),
     "packed": several,
     "r1-int4": codec("r1-int4", rounded=True),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from faketerminal import settings_of_bank
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regrad_cli.errors import Damaged, UsageProblem
-from regrad_cli.learn.codec import Codec, codec_of, parse_codec, row_widths
+from regrad_cli.errors import UsageProblem
+from regrad_cli.learn.codec import Codec, parse_codec
 from regrad_cli.records import CodecSettings, TensorShape
 
 SHAPES = (TensorShape("a", 8, 576), TensorShape("b", 1536, 8), TensorShape("c", 4, 50), TensorShape("d", 50, 4))
@@ -129,30 +126,3 @@ def test_a_name_that_is_no_codec_is_refused_with_the_names_that_are(name: str) -
     with pytest.raises(UsageProblem) as caught:
         parse_codec(name)
     assert "int4" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tensors": ()},
-        {"tensors": (TensorShape("x", 1 << 20, 1 << 20),)},
-        {"tensors": (TensorShape("x", 0, 32),)},
-        {"tensors": (TensorShape("x", 8, 32), TensorShape("x", 8, 32))},
-        {"codec": CodecSettings(kind="evil")},
-        {"codec": CodecSettings(bits=3)},
-        {"codec": CodecSettings(group=0)},
-        {"codec": CodecSettings(group=63)},
-        {"codec": CodecSettings(rank=0)},
-        {"codec": CodecSettings(rank=1 << 40)},
-        {"code_bytes": 1 << 31},
-        {"scale_count": 5},
-    ],
-    ids=str,
-)
-def test_promise_16_settings_that_do_not_agree_are_refused_before_memory_is_taken(changes: dict) -> None:
-    shapes = (TensorShape("x", 8, 32),)
-    code_bytes, scale_count = row_widths(CodecSettings(), shapes)
-    right = settings_of_bank(tensors=shapes, code_bytes=code_bytes, scale_count=scale_count)
-    assert codec_of(right).code_bytes == code_bytes
-    with pytest.raises(Damaged, match="do not agree"):
-        codec_of(replace(right, **changes))
