@@ -73,7 +73,6 @@ class _Run:
     def __init__(
         self, options: MetaTrainOptions, files: TrainFiles, folder: ModelFolder, tasks: list[Task], dev: list[Task]
     ) -> None:
-        self.options = options
         self.files = files
         self.folder = folder
         self.tasks = tasks
@@ -81,6 +80,8 @@ class _Run:
         self.identity = fingerprint(folder.path)
         self.embedder: str | None = None  # the fingerprint of what found the strangers
         self.init = None if options.init is None else self._init_bytes(options.init)
+        self.begun = None if self.init is None else self._begun(self.init, str(options.init))
+        self.options = options.settled({} if self.begun is None else self.begun.card)
         self.data = {"data": _data(options.tasks), "dev": _data(options.dev)}
         self.settings = self._settings()
         self.skipped: list[str] = []
@@ -102,6 +103,14 @@ class _Run:
             return init.read_bytes()
         except OSError as error:
             raise UsageProblem(f"the prior {init} cannot be read: {error.strerror}") from None
+
+    def _begun(self, data: bytes, name: str) -> Prior:
+        from regrad_cli.learn.prior import Prior
+
+        prior = Prior.from_bytes(data, name)
+        if prior.card.get("model") != self.identity.model:
+            raise Mismatch(f"the prior {name} is of another model than {self.folder.name}", "use a prior of this model")
+        return prior
 
     def _settings(self) -> dict[str, Any]:
         """What a run must share with the one it goes on from."""
@@ -147,23 +156,18 @@ class _Run:
     def _start(self, model: Model, *, search: bool) -> Prior:
         """The prior to begin with. search: also its step size, where it is a seeded one"""
         from regrad_cli.learn.model import load_model
-        from regrad_cli.learn.prior import Prior, seeded_prior
+        from regrad_cli.learn.prior import seeded_prior
         from regrad_cli.learn.steps import with_found_step_size
 
         options = self.options
-        if self.init is None:
+        if self.begun is None:
             seeded = seeded_prior(model, self.identity.model, rank=options.rank, seed=options.seed)
             if options.objective != "regrad" or not search:
                 return seeded
             # In fp32 on the CPU whatever computes later, so that one seed is one start on every machine.
             return with_found_step_size(load_model(self.folder.path, device="cpu", dtype="fp32"), seeded)
-        prior = Prior.from_bytes(self.init, str(options.init))
-        if prior.card.get("model") != self.identity.model:
-            raise Mismatch(
-                f"the prior {options.init} is of another model than {self.folder.name}", "use a prior of this model"
-            )
-        prior.check(model.projections)
-        return prior
+        self.begun.check(model.projections)
+        return self.begun
 
     def _resumed(self, training: Training, kept: bytes | None) -> Iterator[Notice]:
         files = self.files

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from regrad_cli.episodes import OBJECTIVES, EpisodeRules
 from regrad_cli.errors import UsageProblem
 from regrad_cli.tasks import Task
 
+SEGMENTS = 1
+TEMPERATURE = 0.05
 HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 
 
@@ -26,7 +29,8 @@ class MetaTrainOptions:
     init            a prior to begin with, or "shipped"; None: a seeded start
     learning_rate   of θ; step_rate: of log α
     segments        a passage is cut into at most so many, each with a gradient of its own and weighed by the question
-    temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
+    temperature     of the rule for weights: softmax(score / temperature) over the passages' scores, or the segments'.
+                    Of both None is what `init` was learned with; without it SEGMENTS and TEMPERATURE
     codec           None: exact gradients in the inner step; else through this codec, straight through
     validate_every  steps; checkpoint_s: seconds between files to go on from
     """
@@ -46,8 +50,8 @@ class MetaTrainOptions:
     mix_context: float = 0.25
     strangers: float = 0.4
     k: int = 3
-    segments: int = 1
-    temperature: float = 0.05
+    segments: int | None = None
+    temperature: float | None = None
     questions: int = 4
     first_order: bool = False
     codec: str | None = None
@@ -61,7 +65,14 @@ class MetaTrainOptions:
     @property
     def rules(self) -> EpisodeRules:
         strangers = self.strangers if self.objective != "direct" else 0.0
-        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, self.segments, self.questions)
+        segments = self.segments or SEGMENTS
+        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, segments, self.questions)
+
+    def settled(self, card: Mapping[str, Any]) -> MetaTrainOptions:
+        """With everything decided that the card of the prior to begin with decides; {} without one."""
+        segments = card.get("segments", 1) if card else SEGMENTS
+        temperature = card.get("temperature", TEMPERATURE)
+        return replace(self, segments=self.segments or segments, temperature=self.temperature or temperature)
 
 
 def refuse(options: MetaTrainOptions) -> None:
@@ -69,13 +80,14 @@ def refuse(options: MetaTrainOptions) -> None:
     if options.objective not in OBJECTIVES:
         raise UsageProblem(f"there is no objective '{options.objective}'", f"use one of {', '.join(OBJECTIVES)}")
     for name in ("steps", "batch", "k", "segments", "questions", "rank", "validate_every", "dev_tasks"):
-        if getattr(options, name) < 1:
+        number = getattr(options, name)
+        if number is not None and number < 1:
             raise UsageProblem(f"{name.replace('_', '-')} must be at least 1")
     for name in ("mix_context", "strangers"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageProblem(f"--{name.replace('_', '-')} is a share, between 0 and 1")
     for option, value in (("--lr", options.learning_rate), ("--temperature", options.temperature)):
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageProblem(f"{option} must be above 0")
     if not (options.step_rate >= 0 and math.isfinite(options.step_rate)):
         raise UsageProblem("--step-lr must not be below 0")

@@ -189,7 +189,7 @@ def test_a_row_is_the_same_in_any_company(
     assert told(other) == told(bank)
 
 
-def test_readers_that_know_no_segments_refuse_the_bank(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promise_20_readers_that_know_no_segments_refuse_the_bank(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from regrad_cli.bank import parsing
 
     with open_bank(bank) as opened:

@@ -70,10 +70,23 @@ def meta_train(
         typer.Option("--strangers", metavar="P", help="Share of tasks with other tasks' passages among their own."),
     ] = 0.4,
     k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Passages of a task, then; and of an answer.")] = 3,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            "--segments",
+            metavar="N",
+            min=1,
+            help="Cut a passage into at most N segments, each with a gradient; as the prior of --init, otherwise 1.",
+        ),
+    ] = None,
     temperature: Annotated[
-        float,
-        typer.Option("--temperature", metavar="T", help="Weights are softmax(score / T) of the passages' scores."),
-    ] = 0.05,
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="Weights are softmax(score / T) of passages or segments; as the prior of --init, otherwise 0.05.",
+        ),
+    ] = None,
     questions: Annotated[
         int, typer.Option("--questions", metavar="N", min=1, help="The most questions of a task at a time.")
     ] = 4,
@@ -124,6 +137,7 @@ def meta_train(
             mix_context=mix_context,
             strangers=strangers,
             k=k,
+            segments=segments,
             temperature=temperature,
             questions=questions,
             first_order=first_order,
