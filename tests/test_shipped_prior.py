@@ -37,13 +37,16 @@ def test_the_shipped_prior_has_not_seen_the_examples() -> None:
 def test_on_the_starter_a_passages_own_gradient_makes_its_answers_likelier_and_anothers_does_not(
     starter_folder: Path, embedder_folder: Path, tmp_path: Path
 ) -> None:
+    from regrad_cli.embed import load_embedder
     from regrad_cli.episodes import EpisodeRules, Episodes
     from regrad_cli.fingerprints import fingerprint
     from regrad_cli.learn.meta import MetaLearner
     from regrad_cli.learn.model import load_model
+    from regrad_cli.learn.tokens import Tokenizer
     from regrad_cli.models import ModelFolder
     from regrad_cli.priors import prior_for
     from regrad_cli.tasks import read_tasks
+    from regrad_cli.weighing import Vectors
 
     bank = tmp_path / ".gbank"
     (settings,) = [
@@ -56,7 +59,9 @@ def test_on_the_starter_a_passages_own_gradient_makes_its_answers_likelier_and_a
     model = load_model(starter_folder, device="cpu", dtype="auto")
     prior = prior_for(ModelFolder("starter", starter_folder), fingerprint(starter_folder), None, seed=0)
     tasks = read_tasks([EXAMPLES])[0][::6]
-    chosen = Episodes(model, tasks, EpisodeRules(), prior.weights_for, seed=0)
+    vectors = Vectors(load_embedder(embedder_folder, device="cpu").encode)
+    rules, spans = EpisodeRules(segments=prior.segments), Tokenizer(starter_folder).spans
+    chosen = Episodes(model, tasks, rules, prior.weights_for, seed=0, token_spans=spans, vectors=vectors)
     episodes, problems = chosen.for_validation(tasks)
     assert not problems
     learner = MetaLearner(model, prior.scale)

@@ -3,7 +3,7 @@
     python -m benchmarks.prior.make --data FOLDER --work FOLDER prior       # → regrad_cli/data/prior-….safetensors
     python -m benchmarks.prior.make --data FOLDER --work FOLDER direct rag  # → benchmarks/baselines/
 
-FOLDER of --data holds {nq,xquad}-{train,dev}.jsonl; invented worlds are generated. Killed, it goes on where it was.
+FOLDER of --data holds {nq,xquad}-{train,dev}.jsonl; everything else is generated. Killed, it goes on where it was.
 Each baseline gets the prior's tasks, steps and number of parameters, and the best of three learning rates.
 """
 
@@ -12,37 +12,78 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from benchmarks.prior import cloze, swapped
 from benchmarks.prior.worlds import write_worlds
 from regrad_cli.metatrain import MetaTrainOptions, meta_train
 from regrad_cli.records import Notice
 from regrad_cli.trainevents import Trained, TrainStep, Validated
 
 ROOT = Path(__file__).parents[2]
-WORLDS = 2500
 RATES = (3e-4, 1e-3, 3e-3)
 SEARCH_STEPS = 200
+CODEC = "r1-int4"  # the best for its bytes (docs/experiments.md)
 
 
-def recipe(data: Path, work: Path) -> MetaTrainOptions:
-    """The settings of the shipped prior."""
-    worlds = work / "worlds.jsonl"
-    if not worlds.exists():
-        write_worlds(worlds, seed=0, tasks=WORLDS)
-    return MetaTrainOptions(
-        tasks=(data / "nq-train.jsonl", data / "xquad-train.jsonl", worlds),
+def recipe(data: Path, work: Path) -> tuple[MetaTrainOptions, MetaTrainOptions]:
+    """The settings of the shipped prior's two legs: whole passages as they are; then segments, with other answers."""
+    train = (data / "nq-train.jsonl", data / "xquad-train.jsonl")
+    first = MetaTrainOptions(
+        tasks=(*train, _worlds(work / "worlds.jsonl", seed=0, tasks=2500)),
         dev=(data / "nq-dev.jsonl", data / "xquad-dev.jsonl"),
-        out=work / "starter.safetensors",
+        out=work / "first" / "starter.safetensors",
         rank=32,
         steps=1700,
         validate_every=425,
         dev_tasks=64,
         strangers=0.15,
+        segments=1,
         temperature=0.03,
     )
+    nq, xquad = (_read(file) for file in train)
+    gaps = list(cloze.generate([*nq, *xquad], seed=0))
+    others = {"nq": (nq, 1), "xquad": (xquad, 6), "cloze": (gaps, 1)}
+    second = replace(
+        first,
+        tasks=(
+            *(
+                _written(work / f"swapped-{name}.jsonl", swapped.generate(tasks, 0, copies))
+                for name, (tasks, copies) in others.items()
+            ),
+            _worlds(work / "worlds-1.jsonl", seed=1, tasks=500),
+        ),
+        out=work / "starter.safetensors",
+        init=first.out,
+        steps=1100,
+        validate_every=275,
+        dev_tasks=48,
+        mix_context=0.3,
+        segments=3,
+        temperature=0.08,
+        seed=2,
+    )
+    first.out.parent.mkdir(exist_ok=True)
+    return first, second
+
+
+def _worlds(file: Path, *, seed: int, tasks: int) -> Path:
+    if not file.exists():
+        write_worlds(file, seed=seed, tasks=tasks)
+    return file
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _written(file: Path, tasks: Iterable[dict[str, Any]]) -> Path:
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in tasks]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
 
 
 def learn(options: MetaTrainOptions) -> Iterator[Trained]:
@@ -66,34 +107,39 @@ def learn(options: MetaTrainOptions) -> Iterator[Trained]:
 
 def make_prior(data: Path, work: Path) -> None:
     """The prior, into the package: rounded, for the package may grow by 4 MB at most."""
-    options = recipe(data, work)
-    list(learn(options))
+    for leg in recipe(data, work):
+        list(learn(leg))
     from regrad_cli.learn.prior import Prior
 
-    prior = Prior.from_bytes(options.out.read_bytes()).rounded()
+    prior = Prior.from_bytes(leg.out.read_bytes()).rounded()
+    prior = replace(prior, card=prior.card | {"codec": CODEC})
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
 
 def make_baseline(objective: str, data: Path, work: Path) -> None:
-    """A baseline with the best of the learning rates, and the curves of all of them."""
+    """A baseline by the same two legs, with the best of the learning rates in the first, and the curves of all."""
     folder = ROOT / "benchmarks" / "baselines"
     folder.mkdir(exist_ok=True)
-    options = replace(recipe(data, work), objective=objective)
+    first, second = (
+        replace(leg, objective=objective, segments=1, out=leg.out.with_name(f"{objective}.safetensors"))
+        for leg in recipe(data, work)
+    )
     found = {}
     for rate in RATES:
         out = work / f"{objective}-search-{rate:g}.safetensors"
-        list(learn(replace(options, out=out, learning_rate=rate, steps=SEARCH_STEPS, validate_every=100)))
-        lines = out.with_name(out.name + ".metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        found[rate] = min(entry["chosen"] for entry in map(json.loads, lines) if "chosen" in entry)
-        shutil.copyfile(
-            out.with_name(out.name + ".metrics.jsonl"), folder / f"{objective}-search-{rate:g}.metrics.jsonl"
-        )
+        list(learn(replace(first, out=out, learning_rate=rate, steps=SEARCH_STEPS, validate_every=100)))
+        found[rate] = min(entry["chosen"] for entry in _read(_metrics(out)) if "chosen" in entry)
+        shutil.copyfile(_metrics(out), folder / _metrics(out).name)
     best = min(found, key=lambda rate: found[rate])
     print(f"{objective}: dev loss after {SEARCH_STEPS} steps by learning rate {found}: {best:g} is taken", flush=True)
-    out = work / f"{objective}.safetensors"
-    list(learn(replace(options, out=out, learning_rate=best)))
-    for file in (out, out.with_name(out.name + ".metrics.jsonl"), out.with_name(out.name + ".curve.html")):
-        shutil.copyfile(file, folder / file.name)
+    for number, leg in enumerate((first, replace(second, init=first.out)), 1):
+        list(learn(replace(leg, learning_rate=best)))
+        shutil.copyfile(_metrics(leg.out), folder / f"{objective}-{number}.metrics.jsonl")
+    shutil.copyfile(second.out, folder / second.out.name)
+
+
+def _metrics(out: Path) -> Path:
+    return out.with_name(out.name + ".metrics.jsonl")
 
 
 def main() -> None:
