@@ -116,7 +116,7 @@ class CodecSettings:
 
     kind    "lowrank" (rank-`rank` factors of every tensor) or "full" (the tensors themselves)
     rank    number of factor pairs; 0 for "full"
-    bits    4 or 8, for what is stored
+    bits    2, 4 or 8, for what is stored
     group   values that share one fp16 scale
     """
 

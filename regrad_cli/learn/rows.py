@@ -139,7 +139,7 @@ def layout_of(settings: BankSettings) -> RowLayout:
             any amount of memory
     """
     codec, shapes, segments = settings.codec, settings.tensors, settings.segments
-    known = codec.kind in ("lowrank", "full") and codec.bits in (4, 8) and codec.group > 0 and codec.group % 2 == 0
+    known = codec.kind in ("lowrank", "full") and codec.bits in (2, 4, 8) and codec.group > 0 and codec.group % 4 == 0
     known &= (codec.rank > 0) == (codec.kind == "lowrank") and bool(shapes) and 1 <= segments <= MOST_SEGMENTS
     named = len({shape.name for shape in shapes}) == len(shapes)
     sizes = [shape.rows * shape.cols for shape in shapes]

@@ -226,6 +226,8 @@ BANKS: Mapping[str, Callable[[Path], None]] = {
     "r9-int4": codec("r9-int4"),  # more pairs than a small side has values
     "int4": codec("int4"),
     "int8": codec("int8"),
+    "r2-int2": codec("r2-int2"),
+    "int2": codec("int2"),
 }
 
 

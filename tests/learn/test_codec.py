@@ -40,7 +40,10 @@ def through(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return codec.decode(*codec.encode(tensors))
 
 
-@pytest.mark.parametrize(("name", "least"), [("int8", 0.9999), ("int4", 0.985), ("r8-int8", 0.999), ("r8-int4", 0.98)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("int8", 0.9999), ("int4", 0.985), ("r8-int8", 0.999), ("r8-int4", 0.98), ("int2", 0.93), ("r8-int2", 0.93)],
+)
 def test_codecs_that_keep_the_rank_keep_the_direction(name: str, least: float) -> None:
     tensors = gradients(3)
     assert cosine(flat(tensors), flat(through(name, tensors))) > least
@@ -68,7 +71,7 @@ def test_rank_one_is_the_best_rank_one() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.sampled_from(["r1-int4", "r2-int4", "int4", "int8"]),
+    st.sampled_from(["r1-int2", "r1-int4", "r2-int4", "int2", "int4", "int8"]),
     st.floats(-36, 30),
     st.lists(st.integers(0, 3), max_size=4),
 )
@@ -90,7 +93,7 @@ def test_any_magnitude_comes_back_and_zeros_stay_zeros(name: str, power: float, 
 
 def test_a_row_is_the_same_bits_alone_and_in_company() -> None:
     tensors = gradients(5)
-    for name in ("r1-int4", "r3-int8", "int4", "int8"):
+    for name in ("r1-int2", "r1-int4", "r3-int8", "int2", "int4", "int8"):
         codec = Codec(parse_codec(name), SHAPES)
         codes, scales = codec.encode(tensors)
         assert codes.shape == (5, codec.code_bytes) and codes.dtype == np.uint8
@@ -98,6 +101,22 @@ def test_a_row_is_the_same_bits_alone_and_in_company() -> None:
         for row in range(5):
             alone = codec.encode({key: tensor[row : row + 1] for key, tensor in tensors.items()})
             assert np.array_equal(alone[0][0], codes[row]) and np.array_equal(alone[1][0], scales[row])
+
+
+def test_two_bits_cost_no_more_than_four_equal_steps_must() -> None:
+    """Of a normal distribution they leave 0.1188 of the variance at best (Max 1960); a group's own scale beats that."""
+    tensors = {s.name: gradients(4, seed=2)[s.name] for s in SHAPES}
+    decoded = through("int2", tensors)
+    left = sum(float((decoded[name] - tensor).square().sum()) for name, tensor in tensors.items())
+    assert left / sum(float(tensor.square().sum()) for tensor in tensors.values()) < 0.1188
+
+
+def test_values_that_fill_up_a_group_leave_the_others_scale_alone() -> None:
+    padded, whole = (Codec(parse_codec("int2"), (TensorShape("x", 1, length),)) for length in (65, 64))
+    values = torch.full((1, 1, 65), 0.75)
+    decoded = padded.decode(*padded.encode({"x": values}))["x"]
+    assert torch.allclose(decoded, values, rtol=1e-3)
+    assert torch.equal(decoded[..., :64], whole.decode(*whole.encode({"x": values[..., :64]}))["x"])
 
 
 def test_decoding_does_not_write_to_what_it_reads() -> None:
@@ -116,12 +135,12 @@ def test_the_default_codec_is_fifty_times_smaller_than_fp32_tensors_for_the_star
     assert codec.code_bytes + 2 * codec.scale_count + embedding + key + checksum + text < saved / 50
 
 
-@pytest.mark.parametrize("name", ["r1-int4", "r16-int8", "int4", "int8"])
+@pytest.mark.parametrize("name", ["r1-int2", "r1-int4", "r16-int8", "int2", "int4", "int8"])
 def test_a_codec_is_named_as_it_prints(name: str) -> None:
     assert str(parse_codec(name)) == name
 
 
-@pytest.mark.parametrize("name", ["", "r0-int4", "int2", "r1", "fp32", "r1-int4 "])
+@pytest.mark.parametrize("name", ["", "r0-int4", "int3", "r1", "fp32", "r1-int4 "])
 def test_a_name_that_is_no_codec_is_refused_with_the_names_that_are(name: str) -> None:
     with pytest.raises(UsageProblem) as caught:
         parse_codec(name)
