@@ -80,7 +80,7 @@ class RowLayout:
         vectors[at] = np.rint(parts.vectors * 127).clip(-127, 127).astype(np.int8)
         codes[at], scales[at] = parts.codes, parts.scales
         whole = np.concatenate([heads, vectors.view(np.uint8), codes], axis=2)
-        return whole.reshape(rows, -1), scales.reshape(rows, -1)
+        return whole.reshape(rows, self.code_bytes), scales.reshape(rows, self.scale_count)
 
     def split(self, codes: np.ndarray, scales: np.ndarray) -> Parts:
         """The segments of codes (n, code_bytes) uint8, scales (n, scale_count) float16.
@@ -90,7 +90,7 @@ class RowLayout:
         n = len(codes)
         if self.segments == 1:
             return Parts(np.arange(n), np.zeros(n, np.int64), None, codes, scales)
-        parts = np.ascontiguousarray(codes).reshape(n, self.segments, -1)
+        parts = np.ascontiguousarray(codes).reshape(n, self.segments, self.code_bytes // self.segments)
         begins = np.ascontiguousarray(parts[..., :4]).view("<u4")[..., 0].astype(np.int64)
         there = begins != EMPTY
         if not there[:, 0].all() or (np.diff(begins, axis=1)[there[:, 1:]] <= 0).any():
@@ -102,7 +102,7 @@ class RowLayout:
             begins=begins[there],
             vectors=vectors / np.float32(127),
             codes=parts[..., head:][there],
-            scales=np.asarray(scales).reshape(n, self.segments, -1)[there],
+            scales=np.asarray(scales).reshape(n, self.segments, self.codec.scale_count)[there],
         )
 
     def sums(self, codes: np.ndarray, scales: np.ndarray, device: torch.device | str = "cpu") -> Tensors:

@@ -99,6 +99,16 @@ def test_a_row_that_has_no_segment_is_zeros() -> None:
     assert not codes[0].any() and not scales[0].any() and codes[1].any() and codes[2].any()
 
 
+def test_of_no_rows_there_are_no_segments() -> None:
+    for segments in (1, 3):
+        made = layout(segments)
+        one = some(made, [1])
+        none = Parts(*(part[:0] for part in (one.owners, one.begins, one.vectors, one.codes, one.scales)))  # type: ignore[index]
+        codes, scales = made.join(none, 0)
+        assert codes.shape == (0, made.code_bytes) and scales.shape == (0, made.scale_count)
+        assert len(made.split(codes, scales).owners) == 0
+
+
 def test_a_rows_sum_is_that_of_its_segments() -> None:
     made = layout(3)
     parts = some(made, [3, 1])
