@@ -7,7 +7,7 @@ however that ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from regrad_cli.engine import narrated
 from regrad_cli.errors import UsageProblem
 from regrad_cli.finding import Opened, Retrieved, fitting
 from regrad_cli.models import ModelFolder, resolve_model
-from regrad_cli.records import Answer, BankSettings, Hit, Notice, Piece, Used
+from regrad_cli.records import Answer, BankSettings, Explanation, Hit, Notice, Piece, Refused, Used
 from regrad_cli.settings import MODES
 
 if TYPE_CHECKING:
@@ -49,6 +49,17 @@ class AskOptions:
             raise UsageProblem(
                 f"mode {self.mode} applies no gradients, so there is nothing to explain", "use --mode regrad or both"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A question with what it is answered with. adaptation: None where no gradients are applied"""
+
+    question: str
+    mode: str
+    found: Retrieved
+    prompt: tuple[int, ...]
+    adaptation: Adaptation | None
 
 
 class Answerer:
@@ -127,7 +138,7 @@ class Answerer:
             raise UsageProblem("the question is empty")
         if options.mode not in self._modes:
             raise UsageProblem(f"this session answers in {', '.join(sorted(self._modes))}, not in {options.mode}")
-        clock = _Clock()
+        clock = Clock()
         model = yield from self.load()
         clock.lap("load")
         if options.mode == "direct":
@@ -136,6 +147,16 @@ class Answerer:
             found = yield from self.retrieve(question, options)
         clock.lap("retrieve", found.seconds)
         yield from self._generate(model, question, options, found, clock)
+
+    def ask_many(self, questions: Sequence[str], options: AskOptions) -> Iterator[Notice | Answer | Refused]:
+        """Answers questions together, as one batch where it can: an Answer or a Refused for each, in order.
+
+        raises  what `ask` raises but for UsageProblem, once the questions before are answered
+        """
+        from regrad_cli.together import ask_together
+
+        self._end_answer(ExitStack())
+        return ask_together(self, questions, options)
 
     def retrieve(self, question: str, options: AskOptions) -> Generator[Notice, None, Retrieved]:
         """What the question finds in the bank; loads no language model."""
@@ -190,25 +211,17 @@ class Answerer:
             self._alone = load_model(folders[0].path, device=self._device, dtype=self._dtype)
         return self._alone
 
-    def _generate(
-        self,
-        model: Model,
-        question: str,
-        options: AskOptions,
-        found: Retrieved,
-        clock: _Clock,
-    ) -> Iterator[Piece | Answer]:
-        from regrad_cli.learn.adapt import adapted
-        from regrad_cli.learn.prompt import Kept, greedy, pieces, prompt_ids
+    def prepared(self, model: Model, question: str, options: AskOptions, found: Retrieved) -> Prepared:
+        """What a question is answered with, all but the answer.
+
+        raises  UsageProblem where the model cannot read so much at once
+        """
+        from regrad_cli.learn.prompt import prompt_ids
 
         mode, hits = options.mode, found.hits
-        adaptation: Adaptation | None = None
-        weights: tuple[float | None, ...] = (None,) * len(hits)
-        context: AbstractContextManager[None] = nullcontext()
+        adaptation = None
         if hits and mode in GRADIENT_MODES:
             adaptation = self.adaptation(question, found, options.gamma)
-            weights = adaptation.of_passages(len(hits))
-            context = adapted(model, adaptation.prior, adaptation.change())
         shown = [hit.passage.training_text for hit in hits] if mode in PROMPT_MODES else []
         prompt = prompt_ids(model, question, shown)
         limit = model.positions
@@ -217,8 +230,48 @@ class Answerer:
                 f"the prompt takes {len(prompt)} tokens and the answer up to {options.max_tokens}: more than {limit}",
                 "ask a shorter question, use a smaller -k, or mode regrad",
             )
+        return Prepared(question, mode, found, tuple(prompt), adaptation)
+
+    def told(
+        self,
+        asked: Prepared,
+        text: str,
+        tokens: int,
+        seconds: dict[str, float],
+        explanation: Explanation | None = None,
+    ) -> Answer:
+        """The record of an answer of so many tokens."""
+        hits, adaptation = asked.found.hits, asked.adaptation
+        weights = [None] * len(hits) if adaptation is None else adaptation.of_passages(len(hits))
+        snapshot = self._opened.snapshot if self._opened else None
+        return Answer(
+            question=asked.question,
+            answer=text.strip(),
+            mode=asked.mode,
+            grounded=bool(hits),
+            passages=tuple(used(hit, weight) for hit, weight in zip(hits, weights, strict=True)),
+            tokens={"prompt": len(asked.prompt), "answer": tokens},
+            seconds=seconds,
+            model=snapshot.settings.model_name if snapshot else self._model_name,
+            prior=snapshot.settings.prior_name if snapshot else None,
+            bank=str(snapshot.path) if snapshot else None,
+            partial=bool(asked.found.left_out),
+            notices=asked.found.left_out,
+            explain=explanation,
+        )
+
+    def _generate(
+        self, model: Model, question: str, options: AskOptions, found: Retrieved, clock: Clock
+    ) -> Iterator[Piece | Answer]:
+        from regrad_cli.learn.adapt import adapted
+        from regrad_cli.learn.prompt import Kept, greedy, pieces
+
+        asked = self.prepared(model, question, options, found)
+        context: AbstractContextManager[None] = nullcontext()
+        if asked.adaptation is not None:
+            context = adapted(model, asked.adaptation.prior, asked.adaptation.change())
         text: list[str] = []
-        tokens = Kept(greedy(model, prompt, options.max_tokens))
+        tokens = Kept(greedy(model, asked.prompt, options.max_tokens))
         with ExitStack() as changes:
             self._end_answer(changes)  # a consumer may still hold an earlier one that it left in the middle
             changes.enter_context(context)
@@ -231,26 +284,12 @@ class Answerer:
             clock.lap("generate")
         clock.lap("restore")
         explanation = None
-        if options.explain and adaptation is not None:
+        if options.explain and asked.adaptation is not None:
             from regrad_cli.explain import explain
 
-            explanation = explain(model, adaptation, hits, prompt, [*tokens.ids, *tokens.end])
+            explanation = explain(model, asked.adaptation, found.hits, asked.prompt, [*tokens.ids, *tokens.end])
             clock.lap("explain")
-        yield Answer(
-            question=question,
-            answer="".join(text).strip(),
-            mode=mode,
-            grounded=bool(hits),
-            passages=tuple(used(hit, weight) for hit, weight in zip(hits, weights, strict=True)),
-            tokens={"prompt": len(prompt), "answer": len(tokens.ids)},
-            seconds=clock.seconds(),
-            model=self._opened.snapshot.settings.model_name if self._opened else self._model_name,
-            prior=self._opened.snapshot.settings.prior_name if self._opened else None,
-            bank=str(self._opened.snapshot.path) if self._opened else None,
-            partial=bool(found.left_out),
-            notices=found.left_out,
-            explain=explanation,
-        )
+        yield self.told(asked, "".join(text), len(tokens.ids), clock.seconds(), explanation)
 
     def _end_answer(self, following: ExitStack) -> None:
         """Takes off what an answer in the middle of its tokens has put on the model; it cannot go on."""
@@ -264,7 +303,7 @@ def used(hit: Hit, weight: float | None) -> Used:
     return Used(passage.id, passage.source, passage.title, hit.score, weight, passage.text)
 
 
-class _Clock:
+class Clock:
     """Seconds of an answer's stages, by wall clock; "explain" only where there was one. On CUDA a stage ends when its
     work was handed over, not done."""
 

@@ -182,6 +182,14 @@ class RowRef(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """A question among several that cannot be answered, and why."""
+
+    question: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """A retrieved passage: its place, how well it fits the question, and the passage itself.
 

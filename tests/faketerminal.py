@@ -27,6 +27,7 @@ from regrad_cli.records import (
     Passage,
     Piece,
     Progress,
+    Refused,
     RowRef,
     Skipped,
     Used,
@@ -267,6 +268,8 @@ class Fakes:
         self.loaded_with = {"bank": bank, **options}
         answerer = ModuleType("answerer")
         answerer.ask = self._ask  # type: ignore[attr-defined]
+        answerer.ask_many = self._ask_many  # type: ignore[attr-defined]
+        answerer.load = lambda: (event for event in ())  # type: ignore[attr-defined]
         yield answerer
 
     def _ask(self, question: str, options: Any) -> Iterator[Any]:
@@ -277,6 +280,13 @@ class Fakes:
         if self.raises is not None:
             raise self.raises
         yield answer_of(question, "".join(self.pieces), options.mode, self.used)
+
+    def _ask_many(self, questions: Sequence[str], options: Any) -> Iterator[Any]:
+        for question in questions:
+            try:
+                yield from (event for event in self._ask(question, options) if not isinstance(event, Piece))
+            except UsageProblem as refusal:
+                yield Refused(question, refusal.message)
 
     def _ingest(self, bank: Path, options: Any) -> Iterator[Any]:
         self.ingest_options = options

@@ -1,14 +1,53 @@
-"""What else is shown about answers: modes side by side, what each passage did, an adapter that was written."""
+"""What is shown about answers: themselves, modes side by side, what each passage did, an adapter that was written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from regrad_cli.cli import views
-from regrad_cli.records import Answer, Comparison, Exported
+from regrad_cli.cli.call import Call
+from regrad_cli.records import Answer, Comparison, Exported, Piece
 from regrad_cli.render import Column, Terminal
 from regrad_cli.shown import count, size
+
+
+def show_answer(call: Call, events: Iterator[Any], *, stream: bool, sources: bool) -> None:
+    """The events of one question: its answer, streamed or whole."""
+    terminal = call.terminal
+    streamed = False
+    try:
+        with call.follow(events) as results:
+            for event in results:
+                if isinstance(event, Piece) and stream and not terminal.json:
+                    streamed = True  # said first: Ctrl-C may come inside the writing
+                    terminal.piece(event.text)
+                elif isinstance(event, Answer):
+                    warn(call, event)
+                    if streamed:
+                        terminal.end_pieces()
+                    views.answer(terminal, event, streamed=streamed, one_line=not stream, sources=sources)
+                    streamed = False
+                    if not terminal.json:
+                        explanation(terminal, event)
+    finally:
+        if streamed:  # left by an exception or Ctrl-C: what follows starts on a line of its own
+            terminal.end_pieces()
+
+
+def warn(call: Call, answer: Answer) -> None:
+    """What is to be said of an answer before it is shown."""
+    if not answer.grounded and answer.mode != "direct":
+        call.terminal.notice("nothing in the bank fits: the untouched model answered by itself")
+    warn_of_damage(call, answer)
+
+
+def warn_of_damage(call: Call, answer: Answer) -> None:
+    if answer.partial:
+        left_out = "; ".join(answer.notices)
+        call.terminal.warning(f"damaged passages were left out: this answer is partial ({left_out})")
 
 
 def comparison(terminal: Terminal, result: Comparison, *, number: int | None, sources: bool) -> None:

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from regrad_cli.cli import answers, views
+from regrad_cli.cli import answers, waiting
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, command
 from regrad_cli.cli.work import SECTION, Gamma, K, MinScore, Search, problem, stated
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
 from regrad_cli.questions import Line, read_questions
-from regrad_cli.records import Answer, Comparison, Piece
+from regrad_cli.records import Comparison
 from regrad_cli.settings import MODES
 
 
@@ -59,7 +59,8 @@ def ask(
     """Answer a question from the bank.
 
     The answer is streamed. With - or piped input, many questions are answered by one loaded model, in order, one line
-    each: a question a line, or JSON lines with "question".
+    each: a question a line, or JSON lines with "question". Those that already wait are answered together, in a
+    fraction of the time.
     """
     if text is None and call.terminal.in_is_terminal:
         return call.usage_help("no question was given")
@@ -79,6 +80,10 @@ def ask(
     show_sources = sources if sources is not None else call.terminal.out_is_terminal and not many
     kept: dict[str, Any] = {"snapshot": snapshot, "skip_damaged": skip_damaged, "model": model}
     kept["search"] = call.value("search", search)
+    make: Any = _comparer() if compare else partial(answer.Answerer, modes={chosen})
+    make = partial(make, bank, device=device, dtype=dtype, **kept)
+    if many and not compare and not explain:
+        return EXIT_PARTIAL if waiting.answer_lines(call, make, options, show_sources) else EXIT_DONE
     problems = 0
     with ExitStack() as stack:
         answerer: Any = None
@@ -88,14 +93,14 @@ def ask(
                 problems += problem(call, line, keep_place=True)
                 continue
             if answerer is None:
-                make: Any = _comparer() if compare else partial(answer.Answerer, modes={chosen})
-                answerer = stack.enter_context(make(bank, device=device, dtype=dtype, **kept))
+                answerer = stack.enter_context(make())
             try:
                 if compare:
                     number = line.number if many else None
                     _show_comparison(call, answerer.compare(line.question, options), number, show_sources)
                 else:
-                    _show_answer(call, answerer.ask(line.question, options), stream=not many, sources=show_sources)
+                    events = answerer.ask(line.question, options)
+                    answers.show_answer(call, events, stream=not many, sources=show_sources)
             except UsageProblem as refusal:  # this question cannot be answered; the next may be
                 if not many:
                     raise
@@ -127,30 +132,6 @@ def _bank_for(call: Call, mode: str) -> Path | None:
         raise
 
 
-def _show_answer(call: Call, events: Iterator[Any], *, stream: bool, sources: bool) -> None:
-    terminal = call.terminal
-    streamed = False
-    try:
-        with call.follow(events) as results:
-            for event in results:
-                if isinstance(event, Piece) and stream and not terminal.json:
-                    streamed = True  # said first: Ctrl-C may come inside the writing
-                    terminal.piece(event.text)
-                elif isinstance(event, Answer):
-                    if not event.grounded and event.mode != "direct":
-                        terminal.notice("nothing in the bank fits: the untouched model answered by itself")
-                    _warn_of_damage(call, event)
-                    if streamed:
-                        terminal.end_pieces()
-                    views.answer(terminal, event, streamed=streamed, one_line=not stream, sources=sources)
-                    streamed = False
-                    if not terminal.json:
-                        answers.explanation(terminal, event)
-    finally:
-        if streamed:  # left by an exception or Ctrl-C: what follows starts on a line of its own
-            terminal.end_pieces()
-
-
 def _comparer() -> Any:
     from regrad_cli.compare import Comparer
 
@@ -166,14 +147,8 @@ def _show_comparison(call: Call, events: Iterator[Any], number: int | None, sour
                     call.terminal.notice(
                         "nothing in the bank fits: in every mode the untouched model answered by itself"
                     )
-                _warn_of_damage(call, last)
+                answers.warn_of_damage(call, last)
                 answers.comparison(call.terminal, event, number=number, sources=sources)
-
-
-def _warn_of_damage(call: Call, answer: Answer) -> None:
-    if answer.partial:
-        left_out = "; ".join(answer.notices)
-        call.terminal.warning(f"damaged passages were left out: this answer is partial ({left_out})")
 
 
 def register(app: typer.Typer) -> None:
