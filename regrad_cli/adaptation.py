@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from regrad_cli.bank import Snapshot
 from regrad_cli.engine import Engine
@@ -17,22 +17,65 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from regrad_cli.learn.codec import Codec
     from regrad_cli.learn.prior import Prior
     from regrad_cli.learn.rows import Parts
+
+
+class Gradients(Protocol):
+    """Gradients of m segments."""
+
+    def weighted(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        """Σ wᵢ gᵢ: {tensor name: (rows, cols) float32}."""
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        """{tensor name: (m, rows, cols) float32}"""
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Gradients as a codec keeps them: codes (m, C) uint8, scales (m, S) float16; decoded on this device."""
+
+    codec: Codec
+    codes: np.ndarray
+    scales: np.ndarray
+    device: torch.device
+
+    def weighted(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        return self.codec.weighted(self.codes, self.scales, weights, self.device)
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        return self.codec.decode(self.codes, self.scales, self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Gradients as they are: {tensor name: (m, rows, cols) float32}."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def weighted(self, weights: Sequence[float]) -> dict[str, torch.Tensor]:
+        return {
+            name: sum((row * weight for row, weight in zip(stack, weights, strict=True)), stack.new_zeros(()))
+            for name, stack in self.tensors.items()
+        }
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        return self.tensors
 
 
 @dataclass(frozen=True)
 class Adaptation:
     """θ and the gradients of k passages.
 
-    gradients   {tensor name: (m, rows, cols) float32} of the passages' segments, those that hardly weigh left out
+    gradients   of the passages' m segments, those that hardly weigh left out
     weights     m floats, by the prior's rule
     gamma       strength, the prior's own included
     owners      m places: of which of the k passages each is
     """
 
     prior: Prior
-    gradients: dict[str, torch.Tensor]
+    gradients: Gradients
     weights: tuple[float, ...]
     gamma: float
     owners: tuple[int, ...]
@@ -45,14 +88,14 @@ class Adaptation:
         )
 
     def change(self, without: int | None = None) -> dict[str, torch.Tensor]:
-        """What the gradients add to θ: {tensor name: (rows, cols) float32}.
+        """What the gradients add to θ, −γ · α · Σ wᵢ gᵢ tensor by tensor: {tensor name: (rows, cols) float32}.
 
         without     the place of a passage that is left out; the others keep their weights
+        source      ReGrad, arXiv 2606.15734, section on adaptation at inference
         """
-        from regrad_cli.learn.adapt import combine
-
         weights = [0.0 if owner == without else weight for owner, weight in zip(self.owners, self.weights, strict=True)]
-        return combine(self.gradients, weights, self.prior.step_sizes, self.gamma)
+        steps = self.prior.step_sizes
+        return {name: total.mul_(-self.gamma * steps[name]) for name, total in self.gradients.weighted(weights).items()}
 
 
 def adaptation_by(
@@ -72,7 +115,7 @@ def adaptation_by(
         scores = _fits(engine, question, hits, parts).tolist()
     weights = engine.prior.weights_for(scores)
     kept = heavy(weights)
-    gradients = engine.layout.codec.decode(parts.codes[kept], parts.scales[kept], choose_device(device))
+    gradients = Coded(engine.layout.codec, parts.codes[kept], parts.scales[kept], choose_device(device))
     return Adaptation(
         engine.prior,
         gradients,

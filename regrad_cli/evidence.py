@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrad_cli.adaptation import Adaptation
+from regrad_cli.adaptation import Adaptation, Coded, Dense, Gradients
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.segments import Segment, heavy
 from regrad_cli.tasks import Task, TaskQuestion, read_tasks
@@ -170,11 +170,12 @@ class OwnGradients:
             weights = self.prior.weights_for(scores)
             kept = heavy(weights)
             rows = [self._kept[parts[place].training_text] for place in kept]
+            gradients: Gradients
             if self.codec is None:
-                gradients = {name: torch.stack([row[name] for row in rows]) for name in self.prior.tensors}
+                gradients = Dense({name: torch.stack([row[name] for row in rows]) for name in self.prior.tensors})
             else:
                 codes, scales = (np.stack(part) for part in zip(*rows, strict=True))
-                gradients = self.codec.decode(codes, scales, self.model.device)
+                gradients = Coded(self.codec, codes, scales, self.model.device)
             gamma = float(self.prior.card["gamma"])
             return Adaptation(self.prior, gradients, tuple(weights[place] for place in kept), gamma, tuple(kept))
 

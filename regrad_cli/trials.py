@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from regrad_cli.adaptation import Adaptation
+from regrad_cli.adaptation import Adaptation, Dense
 from regrad_cli.evidence import Asked, Evidence
 from regrad_cli.results import Difference, ModeScore, Scored, Scores
 from regrad_cli.scores import exact_match, f1, interval, resampled_means
@@ -59,7 +59,7 @@ def noise(codec: Codec | None, seed: int, run: int) -> Callable[[Adaptation, Evi
 
         digest = hashlib.sha256(f"{seed} {run} {evidence.name}".encode("utf-8", "surrogatepass")).digest()
         own = int.from_bytes(digest[:7], "big")
-        return replace(adaptation, gradients=random_like(adaptation.gradients, codec, seed=own))
+        return replace(adaptation, gradients=Dense(random_like(adaptation.gradients.dense(), codec, seed=own)))
 
     return alter
 

@@ -15,7 +15,7 @@ from story_bank import story_bank
 from test_answer import QUESTION
 from use_cases import answered, ask
 
-from regrad_cli.adaptation import Adaptation
+from regrad_cli.adaptation import Adaptation, Dense
 from regrad_cli.answer import Answerer, AskOptions
 from regrad_cli.bank import open_bank
 from regrad_cli.errors import UsageProblem
@@ -174,9 +174,8 @@ def test_the_passage_that_says_it_helped_and_the_one_with_its_gradient_turned_ro
         for name, tensor in part.tensors.items():
             tensors.setdefault(name, []).append(sign * tensor[0])
     small = replace(prior, log_step_sizes=dict.fromkeys(prior.tensors, -4.6))
-    adaptation = Adaptation(
-        small, {name: torch.stack(each) for name, each in tensors.items()}, (1.0, 1.0, 1.0), 1.0, (0, 1, 2)
-    )
+    stacked = Dense({name: torch.stack(each) for name, each in tensors.items()})
+    adaptation = Adaptation(small, stacked, (1.0, 1.0, 1.0), 1.0, (0, 1, 2))
     hits = [Hit(RowRef(0, row), 0.5, Passage("d", "d", "", row, 0, 40, None)) for row in range(3)]
     told = explain(model, adaptation, hits, own[:10], own[10:])
     helped, stranger, hindered = (each.change for each in told.passages)

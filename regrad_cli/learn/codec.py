@@ -16,7 +16,7 @@ lose digits, however small a gradient is. A tensor of zeros stays zeros: no norm
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -195,6 +195,40 @@ class Codec:
 
     def decode(self, codes: np.ndarray, scales: np.ndarray, device: torch.device | str = "cpu") -> Tensors:
         """codes (n, code_bytes) uint8, scales (n, scale_count) float16 → {name: (n, rows, cols) float32}."""
+        tensors: Tensors = {}
+        for group, u, v in self._stored(codes, scales, device):
+            stack = v[:, :, 0] if u is None else u.transpose(-1, -2) @ v  # (n, T, small, long), or (n, T, small · long)
+            tensors.update(zip(group.names, self._turned(group, stack.unbind(1)), strict=True))
+        return {s.name: tensors[s.name].reshape(-1, s.rows, s.cols) for s in self.shapes}
+
+    def weighted(
+        self, codes: np.ndarray, scales: np.ndarray, weights: Sequence[float], device: torch.device | str = "cpu"
+    ) -> Tensors:
+        """Σ wᵢ gᵢ of these rows' gradients, without any of them by itself: {name: (rows, cols) float32}.
+
+        weights  n floats
+        """
+        w = torch.tensor(weights, dtype=torch.float32, device=device)[:, None, None, None]
+        tensors: Tensors = {}
+        for group, u, v in self._stored(codes, scales, device):
+            v = (v * w).transpose(0, 1)  # (T, n, k, long)
+            if u is None:
+                stack = v.sum(dim=(1, 2))
+            else:  # the rows' pairs one after another, as one gradient of n · k pairs
+                stack = u.transpose(0, 1).flatten(1, 2).transpose(1, 2) @ v.flatten(1, 2)  # (T, small, long)
+            tensors.update(zip(group.names, self._turned(group, stack.unbind(0)), strict=True))
+        return {s.name: tensors[s.name].reshape(s.rows, s.cols) for s in self.shapes}
+
+    def _turned(self, group: _Group, tensors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Small side first, or whole → as they are in the model."""
+        for tensor, turned in zip(tensors, group.turned, strict=True):
+            yield tensor.transpose(-1, -2) if turned and group.rank else tensor
+
+    def _stored(
+        self, codes: np.ndarray, scales: np.ndarray, device: torch.device | str
+    ) -> Iterator[tuple[_Group, torch.Tensor | None, torch.Tensor]]:
+        """For each group of T tensors its u (n, T, k, small) and v (n, T, k, long); of whole tensors no u, and they
+        themselves as v, (n, T, 1, small · long)."""
         raw = torch.from_numpy(np.array(codes, copy=True)).to(device)
         scale = torch.from_numpy(np.asarray(scales).astype(np.float32)).to(device)
         n, heads = raw.shape[0], len(self._lengths)
@@ -209,24 +243,12 @@ class Codec:
         else:
             integers = torch.stack((packed & 15, packed >> 4), dim=2).view(n, -1).float() - 8
         values = (integers.view(n, -1, self.settings.group) * scale[:, :, None]).view(n, -1)
-
-        tensors: Tensors = {}
         for group in self._groups:
             exponent = exponents[:, group.vectors.to(device)]  # (n, V)
             vectors = torch.ldexp(
                 values[:, group.values.to(device)].unflatten(1, (len(group.vectors), -1)), exponent[..., None]
-            )
+            ).unflatten(1, (len(group.names), group.rank or 1))
+            u = None
             if group.rank:
-                u = units[:, group.units.to(device)].unflatten(
-                    1, (len(group.names), group.rank, -1)
-                )  # (n, T, k, small)
-                stack = u.transpose(-1, -2) @ vectors.unflatten(
-                    1, (len(group.names), group.rank)
-                )  # (n, T, small, long)
-                found = [
-                    part.transpose(1, 2) if t else part for part, t in zip(stack.unbind(1), group.turned, strict=True)
-                ]
-            else:
-                found = list(vectors.unbind(1))
-            tensors.update(zip(group.names, found, strict=True))
-        return {s.name: tensors[s.name].reshape(n, s.rows, s.cols) for s in self.shapes}
+                u = units[:, group.units.to(device)].unflatten(1, (len(group.names), group.rank, -1))
+            yield group, u, vectors

@@ -119,6 +119,20 @@ def test_values_that_fill_up_a_group_leave_the_others_scale_alone() -> None:
     assert torch.equal(decoded[..., :64], whole.decode(*whole.encode({"x": values[..., :64]}))["x"])
 
 
+@pytest.mark.parametrize("name", ["r1-int2", "r1-int4", "r3-int8", "int2", "int4", "int8"])
+def test_a_weighted_sum_is_that_of_the_decoded_gradients(name: str) -> None:
+    codec = Codec(parse_codec(name), SHAPES)
+    codes, scales = codec.encode(gradients(3))
+    weights = [0.7, 0.0, -0.25]
+    summed, decoded = codec.weighted(codes, scales, weights), codec.decode(codes, scales)
+    for shape in SHAPES:
+        wanted = sum(weight * decoded[shape.name][row].double() for row, weight in enumerate(weights))
+        assert summed[shape.name].shape == (shape.rows, shape.cols)
+        assert torch.allclose(summed[shape.name].double(), wanted, rtol=1e-5, atol=1e-9)
+    (one,) = (codec.weighted(codes[1:2], scales[1:2], [1.0])["b"],)
+    assert torch.allclose(one, decoded["b"][1], rtol=1e-6, atol=1e-12)
+
+
 def test_decoding_does_not_write_to_what_it_reads() -> None:
     codec = Codec(parse_codec("r1-int4"), SHAPES)
     codes, scales = codec.encode(gradients(1))
