@@ -1,5 +1,5 @@
-"""The commit of a snapshot: its manifest gets a copy and then its name. Knows the order of the calls; not what a
-manifest says.
+"""The commit of a snapshot: its shards get their names, then its manifest a copy and its name. Knows the order of the
+calls; not what a manifest says.
 
 A copy is the same bytes in a second file, so that damage in the newest manifest costs nothing. No reader looks at it,
 and linking the manifest stays the one step that commits.
@@ -10,10 +10,23 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 from regrad_cli.bank import files, layout
-from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
+from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest, ShardEntry
 from regrad_cli.errors import StorageFailed
+
+
+def write_shard(bank: Path, entry: ShardEntry, data: list[Any], docs: bytes) -> None:
+    """A shard's docs file and then the shard, each synced and named by its content."""
+    for name, parts in ((entry.docs_name, [docs]), (entry.name, data)):
+        files.publish(files.write_temporary(bank / "tmp", parts), bank / name)
+
+
+def sync_shards(bank: Path) -> None:
+    """Makes the names of shards and docs files durable: before a manifest names them."""
+    for folder in ("docs", "shards"):
+        files.sync_folder(bank / folder)
 
 
 def link_manifest(bank: Path, manifest: Manifest) -> Manifest:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from regrad_cli.bank import cleanup, files, index, layout
 from regrad_cli.bank.building import lay_out
 from regrad_cli.bank.canonical import CanonicalShard
+from regrad_cli.bank.commit import sync_shards, write_shard
 from regrad_cli.bank.damage import DamagedFile
 from regrad_cli.bank.manifest import Counts, ShardEntry
 from regrad_cli.bank.planning import Compacted, Plan, nothing_changed, quarantined_files, size_on_disk
@@ -51,6 +52,7 @@ class CompactingWriter(Writer):
 
     def __enter__(self) -> CompactingWriter:
         super().__enter__()
+        self._merging = False  # the canonical form decides which rows stand together
         self._bytes_before, self._quarantined = size_on_disk(self.path), len(quarantined_files(self.path))
         return self
 
@@ -99,7 +101,7 @@ class CompactingWriter(Writer):
                         shards.append((yield from self._write_canonical(plan, shard, recode, done, written)))
                     done += len(shard.rows)
                     yield done
-                self._sync_shards()
+                sync_shards(self.path)
             counts = Counts(plan.form.documents, plan.form.rows, sum(shard.tokens for shard in shards))
             self._publish(
                 replace(
@@ -157,7 +159,7 @@ class CompactingWriter(Writer):
             _recode(tensors, lines, recode, plan.settings)
         data, docs, entry = lay_out(plan.settings, lines, tensors)
         written += [entry.docs_name, entry.name]
-        self._write_shard(entry, data, docs)
+        write_shard(self.path, entry, data, docs)
         return entry
 
 

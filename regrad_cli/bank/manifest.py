@@ -6,7 +6,7 @@ A manifest is canonical JSON on one line, with its own SHA-256 (over the canonic
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -70,6 +70,17 @@ class ShardEntry:
     def spelled(self) -> str:
         """In canonical JSON. Kept: a commit spells out all shards, most of them those of the one before."""
         return canonical_json(asdict(self))
+
+
+def spans(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Rows as ascending (start, end) ranges that do not touch."""
+    found: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if found and found[-1][1] == row:
+            found[-1] = (found[-1][0], row + 1)
+        else:
+            found.append((row, row + 1))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

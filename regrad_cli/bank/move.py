@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
-from regrad_cli.bank.manifest import MOVE, FileEntry, Move
+from regrad_cli.bank.manifest import MOVE, FileEntry, Move, spans
 from regrad_cli.bank.snapshot import Snapshot
-from regrad_cli.bank.writer import Writer, spans
+from regrad_cli.bank.writer import Writer
 from regrad_cli.errors import StorageFailed
 from regrad_cli.records import BankSettings, RowRef, row_key, sha256_hex
 
@@ -115,7 +115,8 @@ class MovingWriter(Writer):
         shards = list(before.move.shards)
         with files.storage("write to the bank"):
             self._write_shards(shards)
-        move = replace(before.move, shards=tuple(shards))
+        merged = self._merged(shards, before.move.settings, 0, len(before.move.shards))
+        move = replace(before.move, shards=merged)
         number = self._publish(replace(before, operation=operation, move=move))
         self._forget_staged()
         return number
@@ -140,6 +141,7 @@ class MovingWriter(Writer):
             for position, shard in enumerate(move.shards)
             if position in kept
         )
+        self._tail = 0  # all of these shards are new: whichever are small may be merged
         return self._publish(
             replace(
                 before,

@@ -23,15 +23,16 @@ import numpy.typing as npt
 
 from regrad_cli.bank import cleanup, files, index, layout
 from regrad_cli.bank.building import build_shard
-from regrad_cli.bank.commit import link_manifest
+from regrad_cli.bank.commit import link_manifest, sync_shards, write_shard
 from regrad_cli.bank.create import TOOL, now
 from regrad_cli.bank.locks import hold_lock
-from regrad_cli.bank.manifest import SHARD_ROWS, Counts, Manifest, ShardEntry
+from regrad_cli.bank.manifest import SHARD_ROWS, Counts, Manifest, ShardEntry, spans
+from regrad_cli.bank.merging import files_of, merge, tail
 from regrad_cli.bank.opening import check_format, newest_manifest
 from regrad_cli.bank.shards import ShardReader
 from regrad_cli.bank.snapshot import Snapshot
 from regrad_cli.bank.store import Folder
-from regrad_cli.errors import Locked, NonFinite, StorageFailed
+from regrad_cli.errors import Locked, NonFinite, RegradError, StorageFailed
 from regrad_cli.records import BankSettings, Passage, RowRef
 
 SHARD_BYTES = 256 << 20  # a commit's rows are cut into shards no larger than this, nor longer than SHARD_ROWS
@@ -56,7 +57,8 @@ def write_bank(path: Path, *, wait_s: float = 0.0) -> Writer:
 class Writer:
     """The one process that writes. Rows are staged by `add` and `remove` and become part of the bank in `commit`.
 
-    snapshot   the bank as of the last commit; its RowRefs stay valid for the life of this writer
+    snapshot   the bank as of the last commit. RowRefs of what was there before this writer stay valid until `finish`;
+               those of rows that it added until the next commit, which may merge their shards
     """
 
     snapshot: Snapshot
@@ -68,6 +70,7 @@ class Writer:
         self._stack = ExitStack()
         self._own: list[Manifest] = []  # of the snapshots this writer committed; the older ones are dropped again
         self._broken = False
+        self._merging = True  # small shards, until one cannot be
         self._documents: Counter[int] | None = None
         self._forget_staged()
 
@@ -81,6 +84,7 @@ class Writer:
                     files.make_folder(self.path / name)
             cleanup.clear_leftovers(self.path, self.snapshot.manifest)
             self._stack = stack.pop_all()
+        self._begin_run()
         return self
 
     def __exit__(
@@ -182,7 +186,8 @@ class Writer:
             tokens=tokens,
             dead=sum(shard.dead for shard in shards),
         )
-        number = self._publish(replace(before, operation=operation, shards=tuple(shards), counts=counts))
+        merged = self._merged(shards, before.settings, self._found, len(before.shards))
+        number = self._publish(replace(before, operation=operation, shards=merged, counts=counts))
         for document, change in changed.items():
             documents[document] += change
         self._forget_staged()
@@ -208,21 +213,13 @@ class Writer:
             data, docs, entry = build_shard(
                 settings, self._passages[part], self._keys[part], codes[part], scales[part], embeddings[part]
             )
-            self._write_shard(entry, data, docs)
+            write_shard(self.path, entry, data, docs)
             known = [position for position, shard in enumerate(shards) if shard.sha256 == entry.sha256]
             if known:  # the very rows of an old shard, added again: it lives again instead of being named twice
                 shards[known[0]] = entry
             else:
                 shards.append(entry)
-        self._sync_shards()
-
-    def _write_shard(self, entry: ShardEntry, data: list[Any], docs: bytes) -> None:
-        for name, parts in ((entry.docs_name, [docs]), (entry.name, data)):
-            files.publish(files.write_temporary(self.path / "tmp", parts), self.path / name)
-
-    def _sync_shards(self) -> None:
-        for folder in ("docs", "shards"):
-            files.sync_folder(self.path / folder)
+        sync_shards(self.path)
 
     def _publish(self, manifest: Manifest) -> int:
         """Links the manifest under the next number: the commit."""
@@ -285,47 +282,84 @@ class Writer:
             documents[number] += sign * count
         return int(reader.block("tokens")[live].sum(dtype=np.int64))
 
+    # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin_run(self) -> None:
+        """Notes which shards are there: their places stay until the run ends, and the small ones at the end until then
+        are merged with its own."""
+        manifest = self.snapshot.manifest
+        self._found = len(manifest.shards)
+        self._tail = tail([shard.rows for shard in manifest.shards], rows_a_shard(manifest.settings))
+
+    def _merged(
+        self,
+        shards: Sequence[ShardEntry],
+        settings: BankSettings,
+        first: int,
+        last: int,
+        *,
+        ended: bool = False,
+        closed: bool = False,
+    ) -> tuple[ShardEntry, ...]:
+        """The shards with what is due of shards[first:last] merged. Where that fails (no room, or damage, which must
+        not get a right name) nothing is merged any more: the rows stay where they are."""
+        if self._merging:
+            most = rows_a_shard(settings)
+            try:
+                return merge(self.path, shards, settings, most, first, last, ended=ended, closed=closed)
+            except (OSError, MemoryError, RegradError):
+                self._merging = False
+        return tuple(shards)
+
     # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def finish(self, report: Callable[[int, int], None] | None = None) -> int:
-        """Ends the work: builds the search graph if one is due, drops this writer's intermediate snapshots and the
-        files only they named. Returns the number of the snapshot that stays.
+        """Ends the work: merges small shards at the end of the bank, builds the search graph if one is due, drops this
+        writer's intermediate snapshots and the files only they named. Returns the number of the snapshot that stays.
 
         report  told (rows done, rows in all) while the graph is built
         """
         self._refuse_if_broken()
         manifest = self.snapshot.manifest
+        covered: tuple[ShardEntry, ...] = ()
         if index.due(self.path, manifest) and (self._own or not index.lies_in(self.path, manifest)):
-            self._rebuild_index(manifest, report)
+            covered = self._merged_at_end(closed=True)  # what a graph covers is merged before, for it cannot be after
+            self._rebuild_index(replace(manifest, shards=covered), report)
+        shards = self._merged_at_end()
+        if shards != self.snapshot.manifest.shards:
+            self._publish_besides(replace(self.snapshot.manifest, shards=shards))
+        self._begin_run()
         cleanup.drop_snapshots(self.path, self._own[:-1], self.snapshot.manifest)
         del self._own[:-1]
+        cleanup.remove_unnamed(self.path, files_of((*covered, *shards)) - files_of(self.snapshot.manifest.shards))
         return self.snapshot.number
+
+    def _merged_at_end(self, *, closed: bool = False) -> tuple[ShardEntry, ...]:
+        manifest = self.snapshot.manifest
+        if not self._own:
+            return manifest.shards  # nothing came in
+        first = max(self._tail, manifest.index.shards if manifest.index is not None else 0)
+        shards = manifest.shards
+        return self._merged(shards, manifest.settings, first, len(shards), ended=True, closed=closed)
+
+    def _publish_besides(self, manifest: Manifest) -> bool:
+        """A snapshot of the same rows. They are committed, so where it finds no room that is no failure."""
+        try:
+            self._publish(manifest)
+        except StorageFailed:
+            if self._broken:
+                raise
+            return False
+        return True
 
     def _rebuild_index(self, manifest: Manifest, report: Callable[[int, int], None] | None) -> None:
         readers = [ShardReader(Folder(self.path), shard, manifest.settings) for shard in manifest.shards]
         entry = index.build(self.path, manifest, readers, report)
-        if entry is None or entry == manifest.index:
+        if entry is None or entry == manifest.index or not self._publish_besides(replace(manifest, index=entry)):
             return
-        try:
-            self._publish(replace(manifest, index=entry))
-        except StorageFailed:
-            if self._broken:
-                raise
-            return  # the rows are committed; a cache that found no room is no failure
         if manifest.index is not None:  # older snapshots that name it answer exactly, as they do on any other machine
             files.discard(self.path / layout.content_name("index", manifest.index.sha256))
             index.forget(manifest.index.sha256)
-
-
-def spans(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
-    """Rows as ascending (start, end) ranges that do not touch."""
-    found: list[tuple[int, int]] = []
-    for row in sorted(rows):
-        if found and found[-1][1] == row:
-            found[-1] = (found[-1][0], row + 1)
-        else:
-            found.append((row, row + 1))
-    return tuple(found)
 
 
 def remove_documents(path: Path, names: Sequence[str], *, wait_s: float = 0.0) -> dict[str, Any]:

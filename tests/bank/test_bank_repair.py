@@ -47,8 +47,10 @@ A, C, E = map(document_id, ("a.md", "c.md", "e.md"))
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, state_of_module: None) -> Path:
     """Five documents in three shards, two of them removed; two older snapshots; a search graph."""
-    bank = make_bank(tmp_path_factory.mktemp("whole") / "b", *HISTORY)
-    remove_documents(bank, ["b.md", "d.md"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("regrad_cli.bank.merging.due", lambda *_, **__: None)
+        bank = make_bank(tmp_path_factory.mktemp("whole") / "b", *HISTORY)
+        remove_documents(bank, ["b.md", "d.md"])
     return bank
 
 

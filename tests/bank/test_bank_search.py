@@ -51,7 +51,8 @@ def bank(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bank whose graph covers three shards; rows were removed and others added since."""
+    """A bank whose graph covers three shards, not merged; rows were removed and others added since."""
+    monkeypatch.setattr("regrad_cli.bank.merging.due", lambda *_, **__: None)
     monkeypatch.setenv("REGRAD_INDEX_FROM", "100")
     monkeypatch.setattr(index, "EXTEND_SHARE", 0.5)
     made = make_bank(tmp_path / "b", *DOCUMENTS)

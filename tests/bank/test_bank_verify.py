@@ -21,7 +21,7 @@ DOCUMENTS = 40
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 rows in 4 shards, some removed; an older snapshot; a move under way."""
+    """120 rows in 3 shards, some removed; an older snapshot; a move under way."""
     commits = [[(f"{number}.md", 3) for number in range(start, start + 10)] for start in range(0, DOCUMENTS, 10)]
     bank = make_bank(tmp_path_factory.mktemp("whole") / "b", *commits)
     remove_documents(bank, ["0.md"])
@@ -43,9 +43,9 @@ def test_verify_says_what_it_looked_at(whole: Path) -> None:
     checked = Checked()
     assert list(verify(whole, checked=checked)) == []
     snapshots = len(list((whole / "snapshots").glob("*.json")))
-    assert checked == Checked(100.0, None, snapshots, rows=150, rows_total=150, blocks=25, blocks_total=25)
-    for percent, drawn, blocks in ((1.0, 2, 1), (10.0, 15, 3), (33.3, 50, 9), (100.0, 150, 25)):
-        assert sampled(whole, percent) == ([], Checked(percent, 0, snapshots, drawn, 150, blocks, 25))
+    assert checked == Checked(100.0, None, snapshots, rows=150, rows_total=150, blocks=20, blocks_total=20)
+    for percent, drawn, blocks in ((1.0, 2, 1), (10.0, 15, 2), (33.3, 50, 7), (100.0, 150, 20)):
+        assert sampled(whole, percent) == ([], Checked(percent, 0, snapshots, drawn, 150, blocks, 20))
 
 
 def test_a_bank_without_rows_is_checked_too(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_sample_of_blocks_sees_a_damaged_block(bank: Path) -> None:
 def test_a_packed_bank_is_sampled_as_well(bank: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     pack_bank(bank, tmp_path / "x.gbank")
-    assert sampled(tmp_path / "x.gbank", 10.0) == ([], Checked(10.0, 0, 1, 15, 150, 3, 25))
+    assert sampled(tmp_path / "x.gbank", 10.0) == ([], Checked(10.0, 0, 1, 15, 150, 2, 20))
     flip(tmp_path / "x.gbank", (tmp_path / "x.gbank").stat().st_size // 2)
     assert list(verify(tmp_path / "x.gbank")) and not damaged.exists()
 
