@@ -106,14 +106,13 @@ def adaptation_by(
     raises  Damaged where a row is not what its checksum says
     """
     from regrad_cli.learn.model import choose_device
-    from regrad_cli.segments import heavy
+    from regrad_cli.segments import heavy, shared
 
     rows = snapshot.read_rows([hit.ref for hit in hits])
     parts = engine.layout.split(rows.codes, rows.scales)
-    scores = [hit.score for hit in hits]
-    if engine.layout.segments > 1:
-        scores = _fits(engine, question, hits, parts).tolist()
-    weights = engine.prior.weights_for(scores)
+    weights = engine.prior.weights_for([hit.score for hit in hits])
+    if parts.vectors is not None:
+        weights = shared(weights, _fits(engine, question, hits, parts), engine.prior.segment_temperature)
     kept = heavy(weights)
     gradients = Coded(engine.layout.codec, parts.codes[kept], parts.scales[kept], choose_device(device))
     return Adaptation(
@@ -125,24 +124,23 @@ def adaptation_by(
     )
 
 
-def _fits(engine: Engine, question: str, hits: Sequence[Hit], parts: Parts) -> np.ndarray:
-    """How well each segment of the hits fits the question, (m,). Without an embedder the score of its passage is in
-    the cosine's place; without text its words count for nothing."""
+def _fits(engine: Engine, question: str, hits: Sequence[Hit], parts: Parts) -> list[np.ndarray]:
+    """How well each hit's segments fit the question. Without an embedder their words alone count, without text their
+    meaning alone."""
     import numpy as np
 
     from regrad_cli.lexical import Lexicon
     from regrad_cli.segments import cosines, fits, pieces
 
-    if engine.embeds:
-        assert parts.vectors is not None
-        nearness = cosines(engine.question_vector(question), parts.vectors)
-    else:
-        nearness = np.array([hits[owner].score for owner in parts.owners])
-    if not engine.settings.keep_text:
-        return nearness
-    cut = [
-        piece
-        for place, hit in enumerate(hits)
-        for piece in pieces(hit.passage.title, hit.passage.text or "", parts.begins[parts.owners == place].tolist())
-    ]
-    return fits(question, cut, nearness, Lexicon())
+    near = np.zeros(len(parts.owners))
+    if engine.embeds and parts.vectors is not None:
+        near = cosines(engine.question_vector(question), parts.vectors)
+    found, lexicon = [], Lexicon()
+    for place, hit in enumerate(hits):
+        own = parts.owners == place
+        if engine.settings.keep_text:
+            cut = pieces(hit.passage.title, hit.passage.text or "", parts.begins[own].tolist())
+            found.append(fits(question, cut, near[own], lexicon))
+        else:
+            found.append(near[own])
+    return found

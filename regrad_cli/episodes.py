@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.errors import UsageProblem
 from regrad_cli.records import Skipped, training_text
-from regrad_cli.segments import LEAST_WEIGHT, Segment
+from regrad_cli.segments import LEAST_WEIGHT, SEGMENT_TEMPERATURE, Segment, shared
 from regrad_cli.tasks import Task
 from regrad_cli.weighing import Cutter, Vectors
 
@@ -39,6 +39,7 @@ class EpisodeRules:
     strangers       share of episodes in which other tasks' passages, the nearest to the question, are in the sum
     k               passages in the sum, then
     segments        a passage is cut into at most so many, each with a gradient of its own
+    segment_temperature  by which its weight is shared among them
     questions       at most so many of a task's in one episode
     passage_tokens  a longer passage is cut, as ingest would cut it
     """
@@ -48,6 +49,7 @@ class EpisodeRules:
     strangers: float = 0.4
     k: int = 3
     segments: int = 1
+    segment_temperature: float = SEGMENT_TEMPERATURE
     questions: int = 4
     passage_tokens: int = 512
 
@@ -85,9 +87,11 @@ class Episodes:
 
     def texts_to_embed(self, tasks: Sequence[Task]) -> list[str]:
         """What `vectors` will be asked for, questions aside."""
-        passages = self._all_texts() if self._rules.strangers else []
-        parts = (part for task in tasks for part in self._own_parts(task))
-        return list(dict.fromkeys([*passages, *(part.embedding_text for part in parts)]))
+        found = self._all_texts() if self._rules.strangers else []
+        found += [text for task in tasks for text in task.embedding_texts]
+        if self._cutter is not None:
+            found += [part.embedding_text for task in tasks for own in self._own_parts(task) for part in own]
+        return list(dict.fromkeys(found))
 
     def _all_texts(self) -> list[str]:
         """What the passages of all tasks are found by, in the order of `_places`."""
@@ -137,16 +141,27 @@ class Episodes:
         ]
         if rules.objective != "regrad":
             return Episode(task.id, (), tuple(prompted))
-        parts = [part for one, place in chosen for part in self._parts(one, place)]
-        return self._weighed(task.id, parts, [question.question for question in questions], prompted)
+        parts = [self._parts(one, place) for one, place in chosen]
+        texts = [one.embedding_texts[place] for one, place in chosen]
+        return self._weighed(task.id, parts, texts, [question.question for question in questions], prompted)
 
     def _weighed(
-        self, name: str, parts: Sequence[Segment], questions: Sequence[str], prompted: Sequence[Prompted]
+        self,
+        name: str,
+        passages: Sequence[Sequence[Segment]],
+        texts: Sequence[str],
+        questions: Sequence[str],
+        prompted: Sequence[Prompted],
     ) -> Episode:
-        """An episode of these segments, each question with its own weights; what hardly weighs in any is left out."""
+        """An episode of these passages' segments, each question with its own weights; what hardly weighs in any is left
+        out.
+
+        texts  of the passages, as they are embedded
+        """
         from regrad_cli.learn.meta import Episode
 
-        weights = [self._weights_of(question, parts) for question in questions]
+        parts = [part for own in passages for part in own]
+        weights = [self._weights_of(question, passages, texts) for question in questions]
         least = min(LEAST_WEIGHT, *map(max, weights))  # of very many passages each has less
         kept = [place for place in range(len(parts)) if max(row[place] for row in weights) >= least]
         asked = [
@@ -155,9 +170,9 @@ class Episodes:
         ]
         return Episode(name, tuple(self.passage(parts[place].training_text) for place in kept), tuple(asked))
 
-    def _own_parts(self, task: Task) -> list[Segment]:
-        """The segments of all its passages."""
-        return [part for place in range(len(task.passages)) for part in self._parts(task, place)]
+    def _own_parts(self, task: Task) -> list[tuple[Segment, ...]]:
+        """The segments of each of its passages."""
+        return [self._parts(task, place) for place in range(len(task.passages))]
 
     def _parts(self, task: Task, place: int) -> tuple[Segment, ...]:
         """A passage's segments."""
@@ -165,13 +180,15 @@ class Episodes:
             return self._cutter.segments(task.title, task.passages[place])
         return (Segment(task.title, task.passages[place]),)
 
-    def _weights_of(self, question: str, parts: Sequence[Segment]) -> list[float]:
-        if self._vectors is None or len(parts) == 1:
-            return self._weights_for([0.0] * len(parts))
-        if self._cutter is not None:
-            return self._weights_for(self._cutter.fits(question, parts))
-        vectors = self._vectors.of([part.embedding_text for part in parts])
-        return self._weights_for(self._vectors.scores(question, vectors).tolist())
+    def _weights_of(self, question: str, passages: Sequence[Sequence[Segment]], texts: Sequence[str]) -> list[float]:
+        scores = [0.0] * len(passages)
+        if self._vectors is not None and len(passages) > 1:
+            scores = self._vectors.scores(question, self._vectors.of(texts)).tolist()
+        weights = self._weights_for(scores)
+        if self._cutter is None:
+            return weights
+        fits = [self._cutter.fits(question, own) for own in passages]
+        return shared(weights, fits, self._rules.segment_temperature)
 
     def _nearest(self, question: str, own: int, k: int) -> list[Place]:
         """The k passages of other tasks that fit the question best."""
@@ -227,7 +244,7 @@ class Episodes:
             try:
                 blind = self.prompted(asked.question, asked.answers[0], ())
                 shown = self.prompted(asked.question, asked.answers[0], task.training_texts)
-                own = self._weighed(task.id, self._own_parts(task), [asked.question], [blind])
+                own = self._weighed(task.id, self._own_parts(task), task.embedding_texts, [asked.question], [blind])
                 usable.append((task, own, blind, shown))
             except UsageProblem as problem:
                 problems.append(Skipped(task.id, str(problem)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.adaptation import Adaptation, Coded, Dense, Gradients
 from regrad_cli.records import Notice, Progress, Skipped
-from regrad_cli.segments import Segment, heavy
+from regrad_cli.segments import Segment, heavy, shared
 from regrad_cli.tasks import Task, TaskQuestion, read_tasks
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class OwnGradients:
         """Takes the gradient of each segment once."""
         from regrad_cli.learn.gradients import map_gradients
 
-        parts = [part for task in tasks for part in self._segments(task)]
+        parts = [part for task in tasks for own in self._segments(task) for part in own]
         if self._cutter is not None:
             self._cutter.vectors.add([part.embedding_text for part in parts])
         ids = {}
@@ -138,13 +138,14 @@ class OwnGradients:
 
     def reason_against(self, task: Task) -> str | None:
         """Why one of its passages has no gradient; None where all have."""
-        texts = (part.training_text for part in self._segments(task))
+        texts = (part.training_text for own in self._segments(task) for part in own)
         return next((self.unusable[text] for text in texts if text in self.unusable), None)
 
-    def _segments(self, task: Task) -> tuple[Segment, ...]:
+    def _segments(self, task: Task) -> list[tuple[Segment, ...]]:
+        """Of each passage."""
         if self._cutter is None:
-            return tuple(Segment(task.title, text) for text in task.passages)
-        return tuple(part for text in task.passages for part in self._cutter.segments(task.title, text))
+            return [(Segment(task.title, text),) for text in task.passages]
+        return [self._cutter.segments(task.title, text) for text in task.passages]
 
     def _keep(self, part: PassageGradients) -> tuple[PassageGradients, list[Any]]:
         """One row a segment: (codes, scales) of the codec, or the tensors."""
@@ -158,16 +159,19 @@ class OwnGradients:
         return replace(part, tensors={}), rows
 
     def evidence(self, task: Task) -> Evidence:
-        """The task's own passages, all of them computed. Where they are whole, their weights are those of equally good
-        hits."""
-        parts = self._segments(task)
+        """The task's own passages, all of them computed; their weights are those of equally good hits."""
+        passages = self._segments(task)
+        owners = [place for place, own in enumerate(passages) for _ in own]
+        parts = [part for own in passages for part in own]
 
         def adapt(question: str) -> Adaptation:
             import numpy as np
             import torch
 
-            scores = [1.0] * len(parts) if self._cutter is None else self._cutter.fits(question, parts)
-            weights = self.prior.weights_for(scores)
+            weights = self.prior.weights_for([1.0] * len(passages))
+            if self._cutter is not None:
+                fits = [self._cutter.fits(question, own) for own in passages]
+                weights = shared(weights, fits, self.prior.segment_temperature)
             kept = heavy(weights)
             rows = [self._kept[parts[place].training_text] for place in kept]
             gradients: Gradients
@@ -177,7 +181,8 @@ class OwnGradients:
                 codes, scales = (np.stack(part) for part in zip(*rows, strict=True))
                 gradients = Coded(self.codec, codes, scales, self.model.device)
             gamma = float(self.prior.card["gamma"])
-            return Adaptation(self.prior, gradients, tuple(weights[place] for place in kept), gamma, tuple(kept))
+            chosen = tuple(weights[place] for place in kept)
+            return Adaptation(self.prior, gradients, chosen, gamma, tuple(owners[place] for place in kept))
 
         return replace(own_passages(task), adapt=adapt)
 

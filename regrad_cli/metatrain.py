@@ -191,6 +191,7 @@ class _Run:
             "segments": options.segments,
             "weights": "softmax",
             "temperature": options.temperature,
+            "segment_temperature": options.segment_temperature,
             "gamma": 1.0,
         }
         return replace(start, card=start.card | rule)
@@ -377,6 +378,7 @@ class _Run:
             "segments": options.segments,
             "weights": "softmax",
             "temperature": options.temperature,
+            "segment_temperature": options.segment_temperature,
             "gamma": 1.0,
             **self.data,
             "settings": settings,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SEGMENT_TOKENS = 40  # a text is cut into about as many segments as it has so many tokens
 LEAST_TOKENS = 4  # a shorter stretch goes with the one before it: of a single token there is no gradient
 SHARED_WORDS = 0.08  # what a word that only one segment shares with the question adds, over log(segments + 1)
+SEGMENT_TEMPERATURE = 0.3  # of a passage's segments; the best for answers, not for telling which one holds them
 LEAST_WEIGHT = 0.03  # a gradient with less changes nothing, and would cost as much as any
 
 
@@ -65,6 +66,21 @@ def fits(question: str, parts: Sequence[Segment], cosines: np.ndarray, lexicon: 
 
     terms = [np.setdiff1d(lexicon.terms(part.text), lexicon.terms(part.title)) for part in parts]
     return cosines + SHARED_WORDS * sharing(lexicon.terms(question), terms)
+
+
+def shared(weights: Sequence[float], fits: Sequence[np.ndarray], temperature: float) -> list[float]:
+    """Each passage's weight shared among its segments: by softmax(fit / temperature), passage by passage.
+
+    weights  of the k passages; fits: of each one's segments
+    returns  the weights of all segments, in order
+    """
+    import numpy as np
+
+    found: list[float] = []
+    for weight, own in zip(weights, fits, strict=True):
+        raw = np.exp((own - own.max()) / temperature)
+        found += (weight * raw / raw.sum()).tolist()
+    return found
 
 
 def heavy(weights: Sequence[float]) -> list[int]:

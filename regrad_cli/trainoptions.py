@@ -13,6 +13,7 @@ from typing import Any
 
 from regrad_cli.episodes import OBJECTIVES, EpisodeRules
 from regrad_cli.errors import UsageProblem
+from regrad_cli.segments import SEGMENT_TEMPERATURE
 from regrad_cli.tasks import Task
 
 SEGMENTS = 1
@@ -29,8 +30,10 @@ class MetaTrainOptions:
     init            a prior to begin with, or "shipped"; None: a seeded start
     learning_rate   of θ; step_rate: of log α
     segments        a passage is cut into at most so many, each with a gradient of its own and weighed by the question
-    temperature     of the rule for weights: softmax(score / temperature) over the passages' scores, or the segments'.
-                    Of both None is what `init` was learned with; without it SEGMENTS and TEMPERATURE
+    temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
+    segment_temperature  the same for what a passage's weight is shared by among its segments
+                    Of these three None is what `init` was learned with; without it SEGMENTS, TEMPERATURE and
+                    SEGMENT_TEMPERATURE
     codec           None: exact gradients in the inner step; else through this codec, straight through
     validate_every  steps; checkpoint_s: seconds between files to go on from
     """
@@ -52,6 +55,7 @@ class MetaTrainOptions:
     k: int = 3
     segments: int | None = None
     temperature: float | None = None
+    segment_temperature: float | None = None
     questions: int = 4
     first_order: bool = False
     codec: str | None = None
@@ -66,13 +70,19 @@ class MetaTrainOptions:
     def rules(self) -> EpisodeRules:
         strangers = self.strangers if self.objective != "direct" else 0.0
         segments = self.segments or SEGMENTS
-        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, segments, self.questions)
+        shared_by = self.segment_temperature or SEGMENT_TEMPERATURE
+        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, segments, shared_by, self.questions)
 
     def settled(self, card: Mapping[str, Any]) -> MetaTrainOptions:
         """With everything decided that the card of the prior to begin with decides; {} without one."""
         segments = card.get("segments", 1) if card else SEGMENTS
         temperature = card.get("temperature", TEMPERATURE)
-        return replace(self, segments=self.segments or segments, temperature=self.temperature or temperature)
+        return replace(
+            self,
+            segments=self.segments or segments,
+            temperature=self.temperature or temperature,
+            segment_temperature=self.segment_temperature or card.get("segment_temperature", SEGMENT_TEMPERATURE),
+        )
 
 
 def refuse(options: MetaTrainOptions) -> None:
@@ -86,7 +96,12 @@ def refuse(options: MetaTrainOptions) -> None:
     for name in ("mix_context", "strangers"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageProblem(f"--{name.replace('_', '-')} is a share, between 0 and 1")
-    for option, value in (("--lr", options.learning_rate), ("--temperature", options.temperature)):
+    above = {
+        "--lr": options.learning_rate,
+        "--temperature": options.temperature,
+        "--segment-temperature": options.segment_temperature,
+    }
+    for option, value in above.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageProblem(f"{option} must be above 0")
     if not (options.step_rate >= 0 and math.isfinite(options.step_rate)):

@@ -60,7 +60,7 @@ class Cutter:
             self._cut[title, text] = cut(title, text, self._spans, self._most)
         return self._cut[title, text]
 
-    def fits(self, question: str, parts: Sequence[Segment]) -> list[float]:
-        """How well each segment fits the question."""
+    def fits(self, question: str, parts: Sequence[Segment]) -> np.ndarray:
+        """How well each of a passage's segments fits the question, (n,)."""
         near = self.vectors.scores(question, self.vectors.of([part.embedding_text for part in parts]))
-        return fits(question, parts, near, self._lexicon).tolist()
+        return fits(question, parts, near, self._lexicon)

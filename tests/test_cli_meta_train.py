@@ -246,22 +246,24 @@ def test_a_start_of_another_model_is_12(plain: MetaTrainOptions, tmp_path: Path)
 def test_what_goes_on_from_a_prior_cuts_and_weighs_as_that_was_learned_with(
     plain: MetaTrainOptions, tmp_path: Path, tiny_embedder_folder: Path
 ) -> None:
-    def card(file: Path) -> dict[str, Any]:
+    def card(file: Path) -> tuple[Any, ...]:
         from regrad_cli.learn.prior import Prior
 
-        return {name: Prior.from_bytes(file.read_bytes()).card[name] for name in ("segments", "temperature")}
+        found = Prior.from_bytes(file.read_bytes()).card
+        return tuple(found[name] for name in ("segments", "temperature", "segment_temperature"))
 
-    cut = ["--segments", "3", "--temperature", "0.08", "--embedder", tiny_embedder_folder]
+    shares = ["--temperature", "0.08", "--segment-temperature", "0.2"]
+    cut = ["--segments", "3", *shares, "--embedder", tiny_embedder_folder]
     assert learn(plain, *cut).code == 0
-    assert card(plain.out) == {"segments": 3, "temperature": 0.08}
+    assert card(plain.out) == (3, 0.08, 0.2)
     kept, changed, fresh = (tmp_path / f"{name}.safetensors" for name in ("kept", "changed", "fresh"))
     embedder = ["--embedder", tiny_embedder_folder]
     assert learn(plain, "--out", kept, "--init", plain.out, *embedder).code == 0
     assert card(kept) == card(plain.out)
     assert learn(plain, "--out", changed, "--init", plain.out, *embedder, "--segments", "2").code == 0
-    assert card(changed) == {"segments": 2, "temperature": 0.08}
+    assert card(changed) == (2, 0.08, 0.2)
     assert learn(plain, "--out", fresh).code == 0
-    assert card(fresh) == {"segments": 1, "temperature": 0.05}
+    assert card(fresh) == (1, 0.05, 0.3)
 
 
 def test_the_help_names_every_option_and_what_lies_beside_the_result(capsys: pytest.CaptureFixture[str]) -> None:

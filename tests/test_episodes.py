@@ -195,7 +195,7 @@ def by_words(text: str) -> list[tuple[int, int]]:
 
 
 def test_each_question_weighs_the_segments_of_its_passage_by_what_it_asks(model: Model) -> None:
-    rules = {"segments": 3, "mix_context": 0.0, "strangers": 0.0}
+    rules = {"segments": 3, "segment_temperature": 0.3, "mix_context": 0.0, "strangers": 0.0}
     made = episodes(model, [PARTED], vectors=Vectors(vectors_of), token_spans=by_words, weights_for=by_score, **rules)
     (episode,) = drawn(made, 1, 1)
     texts = [words(model, ids) for ids in episode.passages]
@@ -209,7 +209,7 @@ def test_each_question_weighs_the_segments_of_its_passage_by_what_it_asks(model:
 
 def test_segments_that_weigh_next_to_nothing_for_every_question_are_not_computed(model: Model) -> None:
     only = replace(PARTED, questions=PARTED.questions[:1])
-    rules = {"segments": 3, "mix_context": 0.0, "strangers": 0.0}
+    rules = {"segments": 3, "segment_temperature": 0.01, "mix_context": 0.0, "strangers": 0.0}
     made = episodes(model, [only], vectors=Vectors(vectors_of), token_spans=by_words, weights_for=by_score, **rules)
     (episode,) = drawn(made, 1, 1)
     assert len(episode.passages) == 1 and "Velmora" in words(model, episode.passages[0])

@@ -41,7 +41,8 @@ def cut_prior(path: Path, model: Path, **card: Any) -> Path:
     from regrad_cli.learn.prior import Prior
 
     prior = Prior.from_bytes(whole_prior(path, model).read_bytes())
-    rule = {"name": "cut", "segments": SEGMENTS, "weights": "softmax", "temperature": 0.2, "k": 2, "gamma": 0.5}
+    rule = {"name": "cut", "segments": SEGMENTS, "segment_temperature": 0.1, "k": 2, "gamma": 0.5}
+    rule |= {"weights": "softmax", "temperature": 0.2}
     path.write_bytes(replace(prior, card=prior.card | rule | card).to_bytes())
     return path
 
@@ -108,8 +109,9 @@ class ByHand:
         self,
         question: str,
         passages: Sequence[tuple[str, str]],
-        near: Sequence[float] | None = None,
+        scores: Sequence[float],
         words: bool = True,
+        meaning: bool = True,
         in_bank: bool = True,
     ) -> tuple[str, list[float]]:
         """The answer and what each passage weighs in it."""
@@ -122,12 +124,13 @@ class ByHand:
         vectors = self.embedder.encode([segment.embedding_text for _, segment in parts])
         if in_bank:
             vectors = np.rint(vectors * 127) / np.float32(127)
-        scores = cosines(self.embedder.encode_query(question), vectors)
-        if near is not None:
-            scores = np.array([near[place] for place, _ in parts])
-        if words:
-            scores = fits(question, [segment for _, segment in parts], scores, Lexicon())
-        weights = self.prior.weights_for(scores.tolist())
+        near = cosines(self.embedder.encode_query(question), vectors) * meaning
+        weights = []
+        for place, weight in enumerate(self.prior.weights_for(scores)):
+            own = [row for row, (owner, _) in enumerate(parts) if owner == place]
+            found = fits(question, [parts[row][1] for row in own], near[own], Lexicon()) if words else near[own]
+            raw = np.exp(found / 0.1)
+            weights += (weight * raw / raw.sum()).tolist()
         kept = heavy(weights)
         rows = [self.coded(parts[place][1]) for place in kept]
         decoded = [self.codec.decode(*row) if self.codec else row for row in rows]
@@ -147,6 +150,10 @@ def hand(tiny_model_folder: Path, tiny_embedder_folder: Path, prior: Path) -> By
 
 def texts_of(used: Sequence[Any]) -> list[tuple[str, str]]:
     return [(one.title, one.text) for one in used]
+
+
+def scores_of(used: Sequence[Any]) -> list[float]:
+    return [one.score for one in used]
 
 
 # ── what a row holds ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -207,7 +214,7 @@ def test_promise_20_readers_that_know_no_segments_refuse_the_bank(bank: Path, mo
 def test_a_question_weighs_the_segments_of_all_its_passages(bank: Path, hand: ByHand, question: str) -> None:
     answer = ask(bank, question)
     assert len(answer.passages) == 2
-    wanted, weights = hand.answer(question, texts_of(answer.passages))
+    wanted, weights = hand.answer(question, texts_of(answer.passages), scores_of(answer.passages))
     assert answer.answer == wanted
     assert [used.weight for used in answer.passages] == pytest.approx(weights)
 
@@ -254,14 +261,14 @@ def test_a_passage_is_left_out_with_all_its_segments(bank: Path) -> None:
         assert torch.equal(tensor, only.change()[name])
 
 
-def test_without_an_embedder_a_passages_score_stands_for_the_cosine(bank: Path, hand: ByHand) -> None:
+def test_without_an_embedder_words_alone_tell_segments_apart(bank: Path, hand: ByHand) -> None:
     from regrad_cli.answer import Answerer
 
     with Answerer(bank, modes={"regrad"}, device="cpu", dtype="fp32", search="lexical") as answerer:
         answer = use_cases.answered(answerer, QUESTION)
         assert answerer._opened is not None and answerer._opened.engine is not None
         assert not answerer._opened.engine.embeds
-    wanted = hand.answer(QUESTION, texts_of(answer.passages), near=[used.score for used in answer.passages])
+    wanted = hand.answer(QUESTION, texts_of(answer.passages), scores_of(answer.passages), meaning=False)
     assert (answer.answer, [used.weight for used in answer.passages]) == (wanted[0], pytest.approx(wanted[1]))
 
 
@@ -271,7 +278,8 @@ def test_without_text_words_count_for_nothing(
     bare = fill(tmp_path, tiny_model_folder, tiny_embedder_folder, prior, keep_text=False)
     answer = ask(bare, QUESTION, k=4)
     shown = {used.title: used.text for used in ask(bank, QUESTION, k=4).passages}
-    wanted, weights = hand.answer(QUESTION, [(used.title, shown[used.title]) for used in answer.passages], words=False)
+    passages = [(used.title, shown[used.title]) for used in answer.passages]
+    wanted, weights = hand.answer(QUESTION, passages, scores_of(answer.passages), words=False)
     assert answer.answer == wanted
     assert [used.weight for used in answer.passages] == pytest.approx(weights)
 
@@ -359,11 +367,11 @@ def test_an_evaluation_weighs_each_tasks_segments_by_each_question(
     found = {(one.task, one.question): one.answer for one in scored if one.mode == "regrad"}
     assert len(found) == 6
     for (place, question), answer in found.items():
-        assert answer == hand.answer(question, [(place, documents()[f"{place}.txt"])], in_bank=False)[0]
+        assert answer == hand.answer(question, [(place, documents()[f"{place}.txt"])], [1.0], in_bank=False)[0]
     strange = {(one.task, one.question): one.answer for one in scored if one.mode == "other"}
     for (place, question), answer in strange.items():
         others = [
-            hand.answer(question, [(each, documents()[f"{each}.txt"])], in_bank=False)[0]
+            hand.answer(question, [(each, documents()[f"{each}.txt"])], [1.0], in_bank=False)[0]
             for each in PLACES
             if each != place
         ]

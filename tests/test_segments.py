@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from regrad_cli.lexical import Lexicon, sharing
 from regrad_cli.passages import TokenSpans
-from regrad_cli.segments import LEAST_TOKENS, SEGMENT_TOKENS, SHARED_WORDS, Segment, cosines, cut, fits, heavy, pieces
+from regrad_cli.segments import (
+    LEAST_TOKENS,
+    SEGMENT_TOKENS,
+    SHARED_WORDS,
+    Segment,
+    cosines,
+    cut,
+    fits,
+    heavy,
+    pieces,
+    shared,
+)
 
 SENTENCES = (
     "The harbour lies behind two islands.",
@@ -85,6 +96,13 @@ def test_a_stretch_of_a_token_or_two_has_no_gradient_of_its_own() -> None:
 def test_gradients_that_hardly_weigh_are_left_out_and_one_always_stays() -> None:
     assert heavy([0.9, 0.02, 0.03, 0.05]) == [0, 2, 3]
     assert heavy([0.01] * 100) == list(range(100))
+
+
+def test_a_passages_weight_is_shared_among_its_segments_alone() -> None:
+    found = shared([0.75, 0.25], [np.array([0.5, 0.4, 0.1]), np.array([0.9])], 0.1)
+    assert sum(found[:3]) == pytest.approx(0.75) and found[3] == pytest.approx(0.25)
+    assert found[0] / found[1] == pytest.approx(np.e) and found[1] / found[2] == pytest.approx(np.exp(3))
+    assert shared([1.0], [np.array([1000.0, -1000.0])], 0.001) == [1.0, 0.0]
 
 
 def test_cosines_are_those_of_vectors_of_any_length() -> None:

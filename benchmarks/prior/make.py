@@ -63,7 +63,7 @@ def recipe(data: Path, work: Path) -> tuple[MetaTrainOptions, MetaTrainOptions]:
         dev_tasks=48,
         mix_context=0.3,
         segments=3,
-        temperature=0.08,
+        segment_temperature=0.08,
         seed=2,
     )
     first.out.parent.mkdir(exist_ok=True)

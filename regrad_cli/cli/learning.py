@@ -84,7 +84,15 @@ def meta_train(
         typer.Option(
             "--temperature",
             metavar="T",
-            help="Weights are softmax(score / T) of passages or segments; as the prior of --init, otherwise 0.05.",
+            help="Passages weigh softmax(score / T); as the prior of --init, otherwise 0.05.",
+        ),
+    ] = None,
+    segment_temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--segment-temperature",
+            metavar="T",
+            help="A passage's weight is shared by softmax(fit / T); as the prior of --init, otherwise 0.3.",
         ),
     ] = None,
     questions: Annotated[
@@ -139,6 +147,7 @@ def meta_train(
             k=k,
             segments=segments,
             temperature=temperature,
+            segment_temperature=segment_temperature,
             questions=questions,
             first_order=first_order,
             codec=through,

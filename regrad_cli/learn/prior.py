@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from regrad_cli.errors import Damaged, PriorMismatch
 from regrad_cli.learn.model import Model, Projection
 from regrad_cli.records import TensorShape, canonical_json, sha256_hex
+from regrad_cli.segments import SEGMENT_TEMPERATURE
 
 FORMAT = "regrad prior 1"
 LOG_STEP_SIZES = "log_step_sizes"
@@ -39,8 +40,8 @@ class Prior:
                     projection, in the model's order
     log_step_sizes  {name: log α}, one for every tensor
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
-                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "segments" where
-                    passages were cut
+                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "segments" and
+                    "segment_temperature" where passages were cut
     """
 
     tensors: dict[str, torch.Tensor]
@@ -70,6 +71,11 @@ class Prior:
     def segments(self) -> int:
         """Into at most how many segments a passage was cut in its training, each with a gradient of its own."""
         return int(self.card.get("segments", 1))
+
+    @property
+    def segment_temperature(self) -> float:
+        """By which a passage's weight is shared among its segments (segments.shared)."""
+        return float(self.card.get("segment_temperature", SEGMENT_TEMPERATURE))
 
     @property
     def shapes(self) -> tuple[TensorShape, ...]:
@@ -166,11 +172,12 @@ def _refuse_odd_card(card: Mapping[str, Any]) -> None:
     segments = card.get("segments", 1)
     if type(segments) is not int or not 1 <= segments <= MOST_SEGMENTS:
         raise ValueError(f"its card's segments are not from 1 to {MOST_SEGMENTS}")
+    shares = card.get("segment_temperature", SEGMENT_TEMPERATURE)
     rules = {"mean": 1.0, "sum": 1.0, "softmax": card.get("temperature", 0.0)}
-    for number in (card["gamma"], rules[card["weights"]]):
+    for number in (card["gamma"], rules[card["weights"]], shares):
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e9:
             raise ValueError("its card's gamma or temperature is no number")
-    if not rules[card["weights"]] > 1e-9:
+    if not min(rules[card["weights"]], shares) > 1e-9:
         raise ValueError("its card's temperature is not above 0")
 
 
