@@ -59,8 +59,8 @@ def ask(
     """Answer a question from the bank.
 
     The answer is streamed. With - or piped input, many questions are answered by one loaded model, in order, one line
-    each: a question a line, or JSON lines with "question". Those that already wait are answered together, in a
-    fraction of the time.
+    each: a question a line, or JSON lines with "question". Those that already wait are answered together, which
+    is faster.
     """
     if text is None and call.terminal.in_is_terminal:
         return call.usage_help("no question was given")
