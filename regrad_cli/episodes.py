@@ -88,7 +88,7 @@ class Episodes:
     def texts_to_embed(self, tasks: Sequence[Task]) -> list[str]:
         """What `vectors` will be asked for, questions aside."""
         found = self._all_texts() if self._rules.strangers else []
-        found += [text for task in tasks for text in task.embedding_texts]
+        found += [text for task in tasks if len(task.passages) > 1 for text in task.embedding_texts]
         if self._cutter is not None:
             found += [part.embedding_text for task in tasks for own in self._own_parts(task) for part in own]
         return list(dict.fromkeys(found))

@@ -183,10 +183,11 @@ class _Run:
         self.skipped += [told for entry in files.entries for told in entry.get("skipped", [])]
         yield Notice(f"going on after step {training.step} of {training.steps}, from {files.resume}")
 
-    def _rule(self, start: Prior) -> Prior:
-        """The start with the rule for w and k that this run trains for."""
+    @property
+    def _rule(self) -> dict[str, Any]:
+        """The rule for w and k that this run trains for, as a prior's card says it."""
         options = self.options
-        rule = {
+        return {
             "k": options.k,
             "segments": options.segments,
             "weights": "softmax",
@@ -194,7 +195,6 @@ class _Run:
             "segment_temperature": options.segment_temperature,
             "gamma": 1.0,
         }
-        return replace(start, card=start.card | rule)
 
     def _codec(self, start: Prior) -> Any:
         if self.options.codec is None:
@@ -219,7 +219,7 @@ class _Run:
         if weighed or (rules.strangers and rules.k > 1):
             vectors = yield from self._vectors()
         episodes = Episodes(
-            model, self.tasks, rules, self._rule(start).weights_for, seed=self.options.seed,
+            model, self.tasks, rules, replace(start, card=start.card | self._rule).weights_for, seed=self.options.seed,
             token_spans=Tokenizer(self.folder.path).spans, vectors=vectors,
         )  # fmt: skip
         if vectors is not None:
@@ -374,12 +374,7 @@ class _Run:
             "steps": steps,
             "best_step": step,
             "losses": losses,
-            "k": options.k,
-            "segments": options.segments,
-            "weights": "softmax",
-            "temperature": options.temperature,
-            "segment_temperature": options.segment_temperature,
-            "gamma": 1.0,
+            **self._rule,
             **self.data,
             "settings": settings,
         }
