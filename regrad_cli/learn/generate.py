@@ -17,7 +17,7 @@ from torch import nn
 
 from regrad_cli.errors import PriorMismatch
 from regrad_cli.learn.adapt import hooked
-from regrad_cli.learn.model import Model, Projection
+from regrad_cli.learn.model import Model, Projection, last
 from regrad_cli.learn.prior import Prior
 
 # Prompts in one batch, and their tokens with padding: what a prompt of many passages may take of memory.
@@ -56,7 +56,12 @@ def greedy_batch(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int
     for _ in range(max_tokens):
         placed = {"position_ids": positions} if takes_positions else {}
         output = model.network(
-            input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **placed
+            input_ids=step,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last(step),
+            **placed,
         )
         cache = output.past_key_values
         step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from regrad_cli.learn.model import Model
+from regrad_cli.learn.model import Model, last
 
 
 @torch.inference_mode()
@@ -21,6 +21,6 @@ def answer_log_probability(model: Model, prompt_ids: Sequence[int], answer_ids: 
         return 0.0
     ids = torch.tensor([[*prompt_ids, *answer_ids[:-1]]], device=model.device)
     # The logits before each token of the answer, never the prompt's: those of 1,000 tokens would take 200 MB.
-    logits = model.network(input_ids=ids, use_cache=False, logits_to_keep=count).logits[0, -count:]  # (A, V)
+    logits = model.network(input_ids=ids, use_cache=False, logits_to_keep=last(ids, count)).logits[0, -count:]  # (A, V)
     wanted = torch.tensor(list(answer_ids), device=model.device)[:, None]
     return float(logits.float().log_softmax(dim=-1).gather(1, wanted).sum())

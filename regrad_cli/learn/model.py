@@ -202,6 +202,15 @@ def decoder_layers(network: nn.Module) -> tuple[str, Sequence[nn.Module]]:
     raise Mismatch(f"this {type(network).__name__} has no list of decoder layers", "use a decoder-only language model")
 
 
+def last(ids: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """The places of the last tokens of ids (B, L), for `logits_to_keep`: (count,).
+
+    Places, for a number would hand the head a slice: with its strides a product in bf16 has the head's weights copied
+    on a CPU (measured 2026-11, torch 2.13: 48 ms instead of 3 for one row, 650 instead of 3.5 for 16).
+    """
+    return torch.arange(ids.shape[1] - count, ids.shape[1], device=ids.device)
+
+
 def _linear_sizes(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear map, or None. GPT-2's Conv1D keeps its weight the other way round."""
     if isinstance(module, nn.Linear):

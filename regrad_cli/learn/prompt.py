@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
-from regrad_cli.learn.model import Model
+from regrad_cli.learn.model import Model, last
 
 INSTRUCTION = "Answer the question in a few words."
 
@@ -39,7 +39,7 @@ def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Generator[in
     step = torch.tensor([list(prompt)], device=model.device)
     cache = None
     for _ in range(max_tokens):
-        output = model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=last(step))
         cache = output.past_key_values
         step = output.logits[:, -1:].argmax(dim=-1)  # (1, 1)
         token = int(step)
