@@ -22,7 +22,7 @@ from regrad_cli import finding, lexical, retrieval
 from regrad_cli.bank import create_bank, open_bank, remove_documents, write_bank
 from regrad_cli.bank.shards import ShardReader
 from regrad_cli.errors import Damaged, UsageProblem
-from regrad_cli.lexical import Bm25, Lexicon, coverage
+from regrad_cli.lexical import Bm25, Lexicon, coverage, plain, words_of
 from regrad_cli.records import (
     BankSettings,
     CodecSettings,
@@ -59,6 +59,13 @@ def test_forms_of_a_word_accents_and_case_are_one_word():
     assert shares("keeper lamp", text) == [1.0]
     assert shares("MULLER", "a Müller") == shares("Nao", "that is Nao’s") == [1.0]
     assert len(Lexicon().terms("Nao's Nao’s")) == 2
+
+
+@run_with(max_examples=500, deadline=None)
+@given(st.text(alphabet="ab _1'-.\n\t\x1c") | st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_are_those_of_any_text(text: str) -> None:
+    lowered = plain(text)
+    assert words_of(lowered) == [word for word in words_of(f"{lowered} é") if word != "é"]
 
 
 def test_a_rare_word_counts_for_more_than_a_common_one():
