@@ -26,7 +26,7 @@ class Options:
 
     sizes      passages of ingest's smaller and larger run
     rounds     repetitions of each process
-    questions  questions of `answer` and `drift`
+    questions  questions of `answer`, `many` and `drift`
     tasks      tasks that `metatrain` learns from
     rows       of each of the banks of `rows`
     real_rows  of one more with gradients as large as the starter's; None for none
@@ -80,11 +80,11 @@ class Bench:
         script = Path(sys.executable).parent / "regrad"
         return [script] if script.is_file() else [sys.executable, "-m", "regrad_cli"]
 
-    def run(self, *command: str | Path) -> Ran:
-        return run_process(command, cwd=self.folder, env=os.environ)
+    def run(self, *command: str | Path, given: str = "") -> Ran:
+        return run_process(command, cwd=self.folder, env=os.environ, given=given)
 
-    def regrad(self, *arguments: str | Path) -> Ran:
-        return self.run(*self.regrad_command, *arguments)
+    def regrad(self, *arguments: str | Path, given: str = "") -> Ran:
+        return self.run(*self.regrad_command, *arguments, given=given)
 
     def python(self, module: str, *arguments: str | Path) -> Ran:
         """A module of this folder in a process of its own."""

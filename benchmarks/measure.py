@@ -132,15 +132,17 @@ class Ran:
     stdout: str
 
 
-def run_process(command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str]) -> Ran:
-    """Run a command to its end and say what it took.
+def run_process(command: Sequence[str | Path], *, cwd: Path, env: Mapping[str, str], given: str = "") -> Ran:
+    """Run a command to its end, with `given` on its standard input, and say what it took.
 
     raises  RuntimeError with the end of its stderr where it fails
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        source.write(given.encode())
+        source.seek(0)
         words = [str(word) for word in command]
         start = time.perf_counter()
-        process = subprocess.Popen(words, cwd=cwd, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = subprocess.Popen(words, cwd=cwd, env=dict(env), stdin=source, stdout=out, stderr=err)
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:  # Ctrl-C: what we started ends with us

@@ -22,7 +22,7 @@ from benchmarks.bench import Bench, Options, Result, environment, told
 from benchmarks.measure import table
 
 # Those that time whole processes come first: later ones leave torch and a model in this one.
-NAMES = ("startup", "ingest", "cold_ask", "answer", "drift", "metatrain", "rows")
+NAMES = ("startup", "ingest", "cold_ask", "many", "answer", "drift", "metatrain", "rows")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = """# Results
 
@@ -128,7 +128,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/RESULTS.md")
     parser.add_argument("--sizes", nargs=2, type=int, metavar=("SMALL", "LARGE"), help="passages of ingest's two runs")
     parser.add_argument("--rounds", type=int, help="repetitions of whole processes")
-    parser.add_argument("--questions", type=int, help="questions of answer and drift")
+    parser.add_argument("--questions", type=int, help="questions of answer, many and drift")
     parser.add_argument("--tasks", type=int, help="tasks that metatrain learns from; --rounds is how often each")
     parser.add_argument("--rows", nargs="+", type=int, metavar="N", help="rows of each of the banks of rows")
     parser.add_argument("--real-rows", type=int, metavar="N", help="rows of one more, as large as the starter's")

@@ -362,7 +362,7 @@ def test_every_operation_on_synthetic_rows_does_what_it_is_timed_for(tmp_path, m
             said.append((name, counted))
             return Ran(1.0, 1.0, 10**6, json.dumps({"seconds": clock.seconds, "cpu_s": clock.cpu_s} | counted))
 
-        def run(self, *command):
+        def run(self, *command, given=""):
             return Ran(0.1, 0.1, 10**6, "")
 
     options = bench.Options(rows=(512, 1024), graph_rows=512)
