@@ -97,7 +97,7 @@ def initialise(
             "no prior has been learned for this model: starting from an untrained one "
             "(its step size is sought on the CPU, in fp32)"
         )
-    settings, data = new_settings(
+    settings, data, told = new_settings(
         model=language,
         embedder=vectors,
         prior_file=prior,
@@ -107,6 +107,8 @@ def initialise(
         keep_text=keep_text,
         seed=seed,
     )
+    if told is not None:
+        yield Notice(told)
     create_bank(path, settings, data)
     yield settings
 

@@ -21,6 +21,7 @@ from regrad_cli.bank import (
     open_bank,
     plan_compaction,
 )
+from regrad_cli.priors import worse_under
 from regrad_cli.records import BankSettings, Notice, Progress
 
 if TYPE_CHECKING:
@@ -76,8 +77,12 @@ def compact(
             snapshot = writer.snapshot
         settings, recode = snapshot.settings, None
         if options.codec is not None:
+            from regrad_cli.learn.prior import Prior
+
             recoder = Recoder(snapshot.settings, options.codec, options.device)
             yield Notice(recoder.description)
+            if told := worse_under(Prior.from_bytes(snapshot.prior_bytes()), recoder.settings.codec):
+                yield Notice(told)
             if recoder.settings != snapshot.settings:
                 settings, recode = recoder.settings, recoder.recode
         plan = plan_compaction(snapshot, keep=options.keep, settings=settings, report=_stage(tell, "shards read"))

@@ -375,6 +375,7 @@ class _Run:
             "best_step": step,
             "losses": losses,
             **self._rule,
+            **({} if options.codec is None else {"codec": options.codec}),
             **self.data,
             "settings": settings,
         }

@@ -88,6 +88,8 @@ def move(bank: Path, options: MoveOptions) -> Iterator[Event]:
         writer.switch()
         writer.finish()
         yield Notice(f"the bank's prior is now '{settings.prior_name}'; it was '{snapshot.settings.prior_name}'")
+        if settings.codec != snapshot.settings.codec:
+            yield Notice(f"its gradients are stored under {settings.codec}; they were under {snapshot.settings.codec}")
         yield _summary(snapshot, settings, writer, time.perf_counter() - started, stale)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from regrad_cli.learn.prior import Prior
 
 SHIPPED = "shipped"  # in a prior's place: the one that comes with regrad for this model
-AUTO = "auto"  # in a codec's place: the one that the prior was chosen with
+AUTO = "auto"  # in a codec's place: the one that the prior was learned through
+CODEC = "r1-int4"  # where it was learned through none
 
 
 def new_settings(
@@ -34,10 +35,11 @@ def new_settings(
     chunk_overlap: int,
     keep_text: bool,
     seed: int,
-) -> tuple[BankSettings, bytes]:
-    """The settings of a new bank and its prior's bytes; without a prior file, a seeded start that has learned nothing.
+) -> tuple[BankSettings, bytes, str | None]:
+    """The settings of a new bank, its prior's bytes, and what is to be said of them. Without a prior file, the model's
+    own that comes with regrad, else a seeded start that has learned nothing.
 
-    codec   "auto" for the one that the prior was chosen with
+    codec   "auto" for the one that the prior was learned through
     raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior
     """
     from regrad_cli.embed import load_embedder
@@ -49,7 +51,7 @@ def new_settings(
     _refuse_too_long(model, chunk_tokens)
     identity = fingerprint(model.path)
     prior = prior_for(model, identity, prior_file, seed=seed)
-    codec_settings = parse_codec(prior.codec if codec == AUTO else codec)
+    codec_settings = parse_codec((prior.codec or CODEC) if codec == AUTO else codec)
     dimension = load_embedder(embedder.path, device="cpu").dimension
     fields, data = _fields_of(prior, codec_settings, dimension)
     settings = BankSettings(
@@ -65,16 +67,25 @@ def new_settings(
         keep_text=keep_text,
         **fields,
     )
-    return settings, data
+    return settings, data, worse_under(prior, codec_settings)
+
+
+def worse_under(prior: Prior, codec: CodecSettings) -> str | None:
+    """What is to be said where gradients of this prior are to be stored under that codec."""
+    if prior.codec in (None, str(codec)):
+        return None
+    return f"the prior was learned through the codec {prior.codec}: under {codec} its gradients may answer worse"
 
 
 def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettings, bytes]:
-    """A bank's settings as they are under another prior, and that prior's bytes.
+    """A bank's settings as they are under another prior, and that prior's bytes. Where it was learned through a codec,
+    the gradients are stored under that one.
 
     prior_file  "shipped" for the one that comes with regrad for the bank's model
     raises      Mismatch where the prior was trained for another model; Damaged where the file is no prior;
                 UsageProblem where there is none
     """
+    from regrad_cli.learn.codec import parse_codec
     from regrad_cli.learn.prior import Prior
 
     quiet_libraries()
@@ -85,8 +96,9 @@ def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettin
         prior = Prior.from_bytes(shipped, "the prior that comes with regrad")
     else:
         prior = _read_prior(prior_file, settings.model_name, settings.model)
-    fields, data = _fields_of(prior, settings.codec, settings.embedding_dim)
-    return replace(settings, **fields), data
+    codec = settings.codec if prior.codec is None else parse_codec(prior.codec)
+    fields, data = _fields_of(prior, codec, settings.embedding_dim)
+    return replace(settings, codec=codec, **fields), data
 
 
 def _fields_of(prior: Prior, codec: CodecSettings, dimension: int) -> tuple[dict[str, Any], bytes]:

@@ -17,6 +17,7 @@ from regrad_cli.segments import SEGMENT_TEMPERATURE
 from regrad_cli.tasks import Task
 
 SEGMENTS = 1
+EXACT = "none"  # in a codec's place
 TEMPERATURE = 0.05
 HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 
@@ -34,7 +35,8 @@ class MetaTrainOptions:
     segment_temperature  the same for what a passage's weight is shared by among its segments
                     Of these three None is what `init` was learned with; without it SEGMENTS, TEMPERATURE and
                     SEGMENT_TEMPERATURE
-    codec           None: exact gradients in the inner step; else through this codec, straight through
+    codec           gradients of the inner step go through this codec, straight through; "none": exact ones; None: what
+                    `init` was learned through
     validate_every  steps; checkpoint_s: seconds between files to go on from
     """
 
@@ -76,9 +78,11 @@ class MetaTrainOptions:
     def settled(self, card: Mapping[str, Any]) -> MetaTrainOptions:
         """With everything decided that the card of the prior to begin with decides; {} without one."""
         segments = card.get("segments", 1) if card else SEGMENTS
+        codec = self.codec or card.get("codec")
         temperature = card.get("temperature", TEMPERATURE)
         return replace(
             self,
+            codec=codec if codec != EXACT and self.objective == "regrad" else None,
             segments=self.segments or segments,
             temperature=self.temperature or temperature,
             segment_temperature=self.segment_temperature or card.get("segment_temperature", SEGMENT_TEMPERATURE),
@@ -106,7 +110,7 @@ def refuse(options: MetaTrainOptions) -> None:
             raise UsageProblem(f"{option} must be above 0")
     if not (options.step_rate >= 0 and math.isfinite(options.step_rate)):
         raise UsageProblem("--step-lr must not be below 0")
-    if options.codec is not None:
+    if options.codec is not None and options.codec != EXACT:
         from regrad_cli.learn.codec import parse_codec
 
         parse_codec(options.codec)

@@ -103,7 +103,11 @@ def meta_train(
     ] = False,
     through: Annotated[
         str | None,
-        typer.Option("--codec", metavar="CODEC", help="Learn through this codec, such as r1-int4; exact if not set."),
+        typer.Option(
+            "--codec",
+            metavar="none|CODEC",
+            help="Learn through this codec, such as r2-int2; --init's own if not set, else none (exact gradients).",
+        ),
     ] = None,
     validate_every: Annotated[
         int, typer.Option("--validate-every", metavar="N", min=1, help="Steps between validations.")

@@ -39,6 +39,8 @@ def initialised(terminal: Terminal, path: Path, settings: BankSettings) -> None:
     if not settings.prior_trained and prior != "untrained":
         prior += " (untrained)"
     made_with = f"model {settings.model_name}, prior {prior}, embedder {settings.embedder_name}, codec {settings.codec}"
+    if settings.segments > 1:
+        made_with += f", {settings.segments} segments a passage"
     terminal.parts((made_with,))
 
 

@@ -63,9 +63,10 @@ class Prior:
         return bool(self.card["trained"])
 
     @property
-    def codec(self) -> str:
-        """The codec that gradients of this prior are stored with where nothing else is asked for."""
-        return str(self.card.get("codec", "r1-int4"))
+    def codec(self) -> str | None:
+        """The codec that it was learned through: under another one its gradients answer worse."""
+        named = self.card.get("codec")
+        return None if named is None else str(named)
 
     @property
     def segments(self) -> int:
