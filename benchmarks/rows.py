@@ -80,7 +80,7 @@ class Column:
 
     @property
     def heading(self) -> str:
-        return f"{self.rows:,}" + (" of 51 kB" if self.kind == "starter" else "")
+        return f"{self.rows:,}" + (" of 179 kB" if self.kind == "starter" else "")
 
     def seconds(self, step: Step) -> tuple[float, float]:
         """By the clock and of CPU, of the operation itself; raises KeyError if it was not run."""
@@ -247,7 +247,7 @@ def _notes(columns: Sequence[Column], options: Options, busy: str) -> list[str]:
     manifest = largest.said("the bank opened", "manifest_bytes") or 0
     compacted = largest.said("the compacted bank opened", "manifest_bytes") or 0
     real = (
-        "" if options.real_rows else " Rows of the starter's shapes, 51 kB each: not run here (`--real-rows 102400`)."
+        "" if options.real_rows else " Rows of the starter's shapes, 179 kB each: not run here (`--real-rows 102400`)."
     )
     graph = "" if largest.rows <= options.graph_rows else f" No graph above {options.graph_rows:,} rows was built."
     return [

@@ -384,13 +384,15 @@ def test_every_operation_on_synthetic_rows_does_what_it_is_timed_for(tmp_path, m
 
 def test_synthetic_rows_are_laid_out_as_the_codec_would_lay_them_out():
     from benchmarks.made_rows import KINDS, rows, settings
-    from regrad_cli.learn.codec import Codec
+    from regrad_cli.learn.rows import layout_of, widths
 
     for kind in KINDS:
         made_for = settings(kind)
-        codec = Codec(made_for.codec, made_for.tensors)
-        assert (codec.code_bytes, codec.scale_count) == (made_for.code_bytes, made_for.scale_count)
-    assert settings("starter").code_bytes + 2 * settings("starter").scale_count == 51_300
+        own = widths(made_for.codec, made_for.tensors, made_for.segments, made_for.embedding_dim)
+        assert own == (made_for.code_bytes, made_for.scale_count)
+        _, _, codes, scales, _ = rows(made_for, 0, 2)
+        assert len(layout_of(made_for).split(codes, scales).owners) == 2 * made_for.segments
+    assert settings("starter").code_bytes + 2 * settings("starter").scale_count == 179_364
     first, again, other = (rows(settings("small"), block, 16) for block in (3, 3, 4))
     assert first[0] == again[0] and all((a == b).all() for a, b in zip(first[2:], again[2:], strict=True))
     assert len({passage.training_text for passage in first[0] + other[0]}) == 32

@@ -21,6 +21,7 @@ import regrad_cli
 from regrad_cli.bank import create_bank, index, layout, manifest, open_bank, shards, write_bank, writer
 from regrad_cli.cli.app import app
 from regrad_cli.learn.codec import Codec, parse_codec
+from regrad_cli.learn.rows import widths
 from regrad_cli.records import BankSettings, Passage, TensorShape, document_id, sha256_hex
 
 ROOT = Path(__file__).parent.parent
@@ -236,13 +237,15 @@ def test_the_format_pages_sums_are_those_of_the_starter() -> None:
     tensors = []
     for layer in range(15, 30):
         for name, inputs, outputs in (("gate", 576, 1536), ("up", 576, 1536), ("down", 1536, 576)):
-            tensors += [TensorShape(f"{layer}.{name}.A", 8, inputs), TensorShape(f"{layer}.{name}.B", outputs, 8)]
-    codec = Codec(parse_codec("r1-int4"), tensors)
+            tensors += [TensorShape(f"{layer}.{name}.A", 32, inputs), TensorShape(f"{layer}.{name}.B", outputs, 32)]
+    codec = Codec(parse_codec("r2-int2"), tensors)
     gradient = codec.code_bytes + 2 * codec.scale_count
     plain = 4 * sum(tensor.rows * tensor.cols for tensor in tensors)
-    assert (len(tensors), codec.code_bytes, codec.scale_count) == (90, 48_330, 1_485)
-    row = gradient + 2 * 384 + 32 + 32 + 8 + 8 + 4
-    for figure in (f"{gradient:,} bytes a gradient", f"{plain / gradient:.1f} times", f"{plain:,}", f"{row:,} bytes"):
+    assert (len(tensors), codec.code_bytes, codec.scale_count) == (90, 53_460, 2_970)
+    code_bytes, scale_count = widths(codec.settings, tensors, 3, 384)
+    row = code_bytes + 2 * scale_count + 2 * 384 + 32 + 32 + 8 + 8 + 4
+    whole = (f"{row:,} bytes", f"codes {code_bytes:,}", f"scales {2 * scale_count:,}", f"{plain / row:.1f} times")
+    for figure in (f"{gradient:,} bytes a gradient", f"{plain / gradient:.1f} times", f"{plain:,}", *whole):
         assert figure in FORMAT, figure
     assert f"{gradient:,}" in (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 

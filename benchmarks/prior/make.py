@@ -13,9 +13,10 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.prior import cloze, swapped
 from benchmarks.prior.worlds import write_worlds
@@ -23,15 +24,43 @@ from regrad_cli.metatrain import MetaTrainOptions, meta_train
 from regrad_cli.records import Notice
 from regrad_cli.trainevents import Trained, TrainStep, Validated
 
+if TYPE_CHECKING:
+    from regrad_cli.learn.prior import Prior
+
 ROOT = Path(__file__).parents[2]
 RATES = (3e-4, 1e-3, 3e-3)
 SEARCH_STEPS = 200
-CODEC = "r1-int4"  # the best for its bytes (docs/experiments.md)
+LAST_RATE = 0.5  # of the first leg's, as with the prior
+SECOND_ENDS, THIRD_ENDS = 583, 225  # steps: later, what they were to learn from was known by heart
 
 
-def recipe(data: Path, work: Path) -> tuple[MetaTrainOptions, MetaTrainOptions]:
-    """The settings of the shipped prior's two legs: whole passages as they are; then segments, with other answers."""
+class Recipe(NamedTuple):
+    """The settings of the prior's four legs (docs/experiments.md, 3, 7 and 9).
+
+    first   whole passages as they are
+    second  segments, with other answers; what is wanted is halfway from the first to where it stops
+    third   from there, segments through the codec that ships; stopped too
+    fourth  the same with other answers again, and steps that end at nothing
+    """
+
+    first: MetaTrainOptions
+    second: MetaTrainOptions
+    third: MetaTrainOptions
+    fourth: MetaTrainOptions
+
+
+def recipe(data: Path, work: Path) -> Recipe:
     train = (data / "nq-train.jsonl", data / "xquad-train.jsonl")
+    nq, xquad = (_read(file) for file in train)
+    gaps = list(cloze.generate([*nq, *xquad], seed=0))
+    worlds = {seed: _worlds(work / f"worlds-{seed}.jsonl", seed=seed, tasks=500) for seed in (1, 2)}
+
+    def others(seed: int, **copies: tuple[list[dict[str, Any]], int]) -> tuple[Path, ...]:
+        return tuple(
+            _written(work / f"swapped-{name}-{seed}.jsonl", swapped.generate(tasks, seed, count))
+            for name, (tasks, count) in copies.items()
+        )
+
     first = MetaTrainOptions(
         tasks=(*train, _worlds(work / "worlds.jsonl", seed=0, tasks=2500)),
         dev=(data / "nq-dev.jsonl", data / "xquad-dev.jsonl"),
@@ -44,19 +73,10 @@ def recipe(data: Path, work: Path) -> tuple[MetaTrainOptions, MetaTrainOptions]:
         segments=1,
         temperature=0.03,
     )
-    nq, xquad = (_read(file) for file in train)
-    gaps = list(cloze.generate([*nq, *xquad], seed=0))
-    others = {"nq": (nq, 1), "xquad": (xquad, 6), "cloze": (gaps, 1)}
     second = replace(
         first,
-        tasks=(
-            *(
-                _written(work / f"swapped-{name}.jsonl", swapped.generate(tasks, 0, copies))
-                for name, (tasks, copies) in others.items()
-            ),
-            _worlds(work / "worlds-1.jsonl", seed=1, tasks=500),
-        ),
-        out=work / "starter.safetensors",
+        tasks=(*others(0, nq=(nq, 1), xquad=(xquad, 6), cloze=(gaps, 1)), worlds[1]),
+        out=work / "second" / "starter.safetensors",
         init=first.out,
         steps=1100,
         validate_every=275,
@@ -66,8 +86,35 @@ def recipe(data: Path, work: Path) -> tuple[MetaTrainOptions, MetaTrainOptions]:
         segment_temperature=0.08,
         seed=2,
     )
-    first.out.parent.mkdir(exist_ok=True)
-    return first, second
+    as_they_are = (*train, _written(work / "cloze.jsonl", gaps))
+    third = replace(
+        second,
+        tasks=(*as_they_are, *others(1, nq=(nq, 1), xquad=(xquad, 4)), worlds[1]),
+        out=work / "third" / "starter.safetensors",
+        init=work / "halfway.safetensors",
+        steps=900,
+        validate_every=225,
+        learning_rate=5e-4,
+        mix_context=0.5,
+        temperature=0.05,
+        segment_temperature=0.3,
+        codec="r2-int2",
+        seed=4,
+    )
+    fourth = replace(
+        third,
+        tasks=(*as_they_are, *others(2, nq=(nq, 1), xquad=(xquad, 4)), worlds[2]),
+        out=work / "starter.safetensors",
+        init=work / "third.safetensors",
+        steps=320,
+        validate_every=80,
+        dev_tasks=64,
+        learning_rate=3e-4,
+        seed=5,
+    )
+    for leg in (first, second, third):
+        leg.out.parent.mkdir(exist_ok=True)
+    return Recipe(first, second, third, fourth)
 
 
 def _worlds(file: Path, *, seed: int, tasks: int) -> Path:
@@ -107,23 +154,51 @@ def learn(options: MetaTrainOptions) -> Iterator[Trained]:
 
 def make_prior(data: Path, work: Path) -> None:
     """The prior, into the package: rounded, for the package may grow by 4 MB at most."""
-    for leg in recipe(data, work):
-        list(learn(leg))
     from regrad_cli.learn.prior import Prior
 
-    prior = Prior.from_bytes(leg.out.read_bytes()).rounded()
-    prior = replace(prior, card=prior.card | {"codec": CODEC})
+    first, second, third, fourth = recipe(data, work)
+    list(learn(first))
+    assert third.init is not None and fourth.init is not None
+    if not third.init.exists():
+        begun = Prior.from_bytes(first.out.read_bytes())
+        third.init.write_bytes(halfway(begun, stopped(second, begun, SECOND_ENDS)).to_bytes())
+    if not fourth.init.exists():
+        begun = Prior.from_bytes(third.init.read_bytes())
+        fourth.init.write_bytes(stopped(third, begun, THIRD_ENDS).to_bytes())
+    list(learn(fourth))
+    prior = Prior.from_bytes(fourth.out.read_bytes()).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
 
+def stopped(options: MetaTrainOptions, begun: Prior, step: int) -> Prior:
+    """What a run that begins with this prior has learned after so many of its steps."""
+    from regrad_cli.learn.optimise import Training
+
+    with closing(meta_train(options)) as events:  # which keeps what was learned, as Ctrl-C does
+        for event in events:
+            if isinstance(event, TrainStep) and event.step >= step:
+                break
+    training = Training(begun, steps=options.steps, learning_rate=0.0, step_rate=0.0)
+    training.restore(options.out.with_name(options.out.name + ".resume").read_bytes())
+    return replace(begun, tensors=training.theta, log_step_sizes=training.log_steps)
+
+
+def halfway(one: Prior, other: Prior) -> Prior:
+    """The mean of two priors' θ and log α, with the first one's card."""
+    logs = {name: (log + other.log_step_sizes[name]) / 2 for name, log in one.log_step_sizes.items()}
+    tensors = {name: (tensor + other.tensors[name]) / 2 for name, tensor in one.tensors.items()}
+    return replace(one, tensors=tensors, log_step_sizes=logs)
+
+
 def make_baseline(objective: str, data: Path, work: Path) -> None:
-    """A baseline by the same two legs, with the best of the learning rates in the first, and the curves of all."""
+    """A baseline of as many steps on the same tasks, in two legs, with the best of the learning rates in the first."""
     folder = ROOT / "benchmarks" / "baselines"
     folder.mkdir(exist_ok=True)
-    first, second = (
-        replace(leg, objective=objective, segments=1, out=leg.out.with_name(f"{objective}.safetensors"))
-        for leg in recipe(data, work)
-    )
+    legs = recipe(data, work)
+    own = {"objective": objective, "segments": 1, "codec": "none"}
+    first = replace(legs.first, **own, out=work / f"{objective}-first.safetensors")
+    steps = SECOND_ENDS + THIRD_ENDS + legs.fourth.steps
+    last = replace(legs.fourth, **own, out=work / f"{objective}.safetensors", init=first.out, steps=steps)
     found = {}
     for rate in RATES:
         out = work / f"{objective}-search-{rate:g}.safetensors"
@@ -132,10 +207,10 @@ def make_baseline(objective: str, data: Path, work: Path) -> None:
         shutil.copyfile(_metrics(out), folder / _metrics(out).name)
     best = min(found, key=lambda rate: found[rate])
     print(f"{objective}: dev loss after {SEARCH_STEPS} steps by learning rate {found}: {best:g} is taken", flush=True)
-    for number, leg in enumerate((first, replace(second, init=first.out)), 1):
-        list(learn(replace(leg, learning_rate=best)))
+    for number, (leg, rate) in enumerate(((first, best), (last, best * LAST_RATE)), 1):
+        list(learn(replace(leg, learning_rate=rate)))
         shutil.copyfile(_metrics(leg.out), folder / f"{objective}-{number}.metrics.jsonl")
-    shutil.copyfile(second.out, folder / second.out.name)
+    shutil.copyfile(last.out, folder / last.out.name)
 
 
 def _metrics(out: Path) -> Path:

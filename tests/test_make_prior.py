@@ -1,0 +1,41 @@
+"""The recipe of the prior that ships: a leg that is stopped, and the mean of two priors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from train_runs import options, resume_file, trained
+
+from benchmarks.prior.make import halfway, stopped
+from regrad_cli.learn.prior import Prior
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.write_model(folder)
+    return folder
+
+
+def test_halfway_from_a_prior_to_a_leg_that_was_stopped(tmp_path: Path, model: Path) -> None:
+    first = options(tmp_path / "first", model)
+    trained(first)
+    begun = Prior.from_bytes(first.out.read_bytes())
+    second = replace(options(tmp_path / "second", model), init=first.out, seed=3)
+    reached = stopped(second, begun, 3)
+    assert not second.out.exists() and resume_file(second.out).exists()
+    trained(second)  # a whole run goes on from there: the stop cost nothing
+    ended = Prior.from_bytes(second.out.read_bytes())
+    middle = halfway(begun, reached)
+    for name, tensor in begun.tensors.items():
+        assert not torch.equal(tensor, reached.tensors[name]) and not torch.equal(
+            reached.tensors[name], ended.tensors[name]
+        )
+        assert torch.allclose(middle.tensors[name], (tensor + reached.tensors[name]) / 2)
+        logs = (begun.log_step_sizes[name], reached.log_step_sizes[name])
+        assert middle.log_step_sizes[name] == pytest.approx(sum(logs) / 2)
+    assert middle.card == begun.card
