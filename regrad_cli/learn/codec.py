@@ -142,20 +142,28 @@ class Codec:
         return codes.cpu().numpy(), scales.cpu().numpy()
 
     def _factors(self, group: _Group, gradients: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """u (n, T, k, small) and v (n, T, k, long) of the group's T tensors, by the small side's Gram matrix."""
+        """u (n, T, k, small) and v (n, T, k, long) of the group's T tensors, by the small side's Gram matrix.
+
+        One tensor at a time, so that what is made on the way stays in a CPU's caches.
+        """
         parts = [gradients[name] for name in group.names]
-        stack = torch.stack([p.transpose(1, 2) if t else p for p, t in zip(parts, group.turned, strict=True)], dim=1)
-        peak = stack.abs().amax(dim=(-1, -2), keepdim=True)
-        even = stack / torch.where(peak > 0, peak, 1.0)  # so that no square leaves float32's range
-        gram = (even @ even.transpose(-1, -2)).double()  # (n, T, small, small)
+        wide = [p.transpose(1, 2) if t else p for p, t in zip(parts, group.turned, strict=True)]  # (n, small, long)
+        grams = []
+        for plain, part in zip(parts, wide, strict=True):
+            least, most = plain.flatten(1).amin(dim=1), plain.flatten(1).amax(dim=1)
+            peak = torch.maximum(-least, most)[:, None, None]
+            even = part / torch.where(peak > 0, peak, 1.0)  # so that no square leaves float32's range
+            grams.append(even @ even.transpose(-1, -2))
+        gram = torch.stack(grams, dim=1).double()  # (n, T, small, small)
         # On the CPU everywhere: a batch of tiny problems, and the same routine for every device.
         u = (
-            torch.linalg.eigh(gram.cpu())[1][..., -group.rank :].flip(-1).to(stack.device)
+            torch.linalg.eigh(gram.cpu())[1][..., -group.rank :].flip(-1).to(gram.device)
         )  # (n, T, small, k), best first
         sign = u.gather(-2, u.abs().argmax(dim=-2, keepdim=True)).sign()  # one spelling of ±u
         u = (u * torch.where(sign == 0, 1.0, sign)).float().transpose(-1, -2)  # (n, T, k, small)
         u = (u * 127).round() / 127  # what will be read back; v then makes up for the rounding
-        return u, u @ stack / u.square().sum(dim=-1, keepdim=True)
+        v = torch.stack([u[:, place] @ part for place, part in enumerate(wide)], dim=1)
+        return u, v / u.square().sum(dim=-1, keepdim=True)
 
     def _quantised(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, value_count) float32 → packed integers (n, bytes) uint8 and scales (n, scale_count) float16."""
