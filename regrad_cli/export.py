@@ -16,6 +16,7 @@ from regrad_cli.models import HUB_ID
 from regrad_cli.places import expanded
 from regrad_cli.records import Exported, Notice
 
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be; the first if not set
 # What PEFT writes into such a folder: what --force may remove.
 OF_AN_ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"})
 
@@ -68,6 +69,11 @@ def export(
         base_model = base_model_name(model or settings.model_name, folder)
         projections = projections_of(folder)
         files = adapter_files(adaptation.prior, adaptation.change(), projections, base_model, dtype)
+    rank = next(iter(adaptation.prior.tensors.values())).shape[0]
+    if rank > VLLM_RANKS[0]:
+        needed = next((most for most in VLLM_RANKS if most >= rank), None)
+        way = "PEFT loads it, vLLM cannot" if needed is None else f"start vLLM with --max-lora-rank {needed}"
+        yield Notice(f"an adapter of rank {rank}: {way}")
     _write_folder(out, files, force)
     weights = adaptation.of_passages(len(found.hits))
     yield Exported(
@@ -77,7 +83,7 @@ def export(
         base_model=base_model,
         prior=settings.prior_name,
         bank=str(bank),
-        rank=next(iter(adaptation.prior.tensors.values())).shape[0],
+        rank=rank,
         modules=len(projections),
         size_bytes=sum(map(len, files.values())),
         passages=tuple(used(hit, weight) for hit, weight in zip(found.hits, weights, strict=True)),

@@ -21,7 +21,7 @@ from regrad_cli.answer import AskOptions
 from regrad_cli.cli.answers import exported
 from regrad_cli.errors import StorageFailed, UsageProblem
 from regrad_cli.learn import model as models
-from regrad_cli.records import Exported, Used
+from regrad_cli.records import Exported, Notice, Used
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -147,13 +147,13 @@ def test_peft_on_the_real_starter_gives_the_tokens_that_ask_gives(
     with network.disable_adapter():
         assert said_by(network, tokenizer, result.prompt, 16) != answer.answer
     assert result.base_model == str(starter_folder) or Path(result.base_model).samefile(starter_folder)
-    vllm_accepts(tmp_path / "adapter", starter_folder)
+    vllm_accepts(tmp_path / "adapter", starter_folder, most=32)
 
 
 # ── what vLLM's loader looks at ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def vllm_accepts(adapter: Path, model: Path) -> None:
+def vllm_accepts(adapter: Path, model: Path, most: int = 16) -> None:
     """Asserts what vLLM checks when it loads a LoRA folder, written from its code (vllm/lora: peft_helper.py,
     lora_model.py, utils.py; read in November 2026), which cannot be installed for a test:
 
@@ -169,7 +169,7 @@ def vllm_accepts(adapter: Path, model: Path) -> None:
 
     config = config_of(adapter)
     assert {"r", "lora_alpha", "target_modules"} <= set(config)
-    assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int) and 0 < config["r"] <= 16
+    assert isinstance(config["r"], int) and isinstance(config["lora_alpha"], int) and 0 < config["r"] <= most
     assert config["lora_alpha"] / config["r"] == 2.0 and not config["use_rslora"]
     assert isinstance(config["target_modules"], list)
     assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
@@ -198,6 +198,18 @@ def test_the_layout_is_the_one_that_vllms_loader_reads(made: Path, tiny_model_fo
     export(made, out)
     assert {path.name for path in out.iterdir()} == FILES
     vllm_accepts(out, tiny_model_folder)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"), [((16,), None), ((2, 3, 8), "start vLLM with --max-lora-rank 8"), ((1, 2), "vLLM cannot")]
+)
+def test_a_rank_that_vllm_does_not_take_unasked_is_told(
+    made: Path, out: Path, monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...], told: str | None
+) -> None:
+    monkeypatch.setattr(use_case, "VLLM_RANKS", ranks)
+    events = use_case.export(made, QUESTION, out, AskOptions(), device="cpu")
+    said = [event.message for event in events if isinstance(event, Notice) and "adapter of rank 4" in event.message]
+    assert len(said) == (told is not None) and (told or "") in " ".join(said)
 
 
 def test_the_config_has_only_fields_that_peft_knows(made: Path, out: Path) -> None:
