@@ -57,7 +57,7 @@ def run(place: Bench, options: Options) -> Result:
             "s",
             statistics.median(ran.seconds for ran in scripts),
             paired_ratio([ran.seconds for ran in ours], [ran.seconds for ran in scripts]),
-            Target("≤", 1.5),
+            Target("≤", 1.25),
         ),
         Figure(
             "peak memory",

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RANK = 8
+from benchmarks.plain_loop import RANK
+
 ROWS = (192, 384, 768)  # tokens in one product; the fastest counts
 SECONDS = 0.15  # each shape is repeated for at least this long
 

@@ -49,7 +49,7 @@ def run(place: Bench, options: Options) -> Result:
     ours, plain = 1 / statistics.median(wall["regrad"]), 1 / statistics.median(wall[faster])
     tokens = statistics.mean(passage.tokens for passage in passages)
     figures = [
-        Figure("passages a second", ours, "/s", plain, paired_ratio(wall[faster], wall["regrad"]), Target("≥", 3)),
+        Figure("passages a second", ours, "/s", plain, paired_ratio(wall[faster], wall["regrad"]), Target("≥", 4)),
         Figure(
             "CPU seconds a passage (baseline over regrad)",
             statistics.median(cpu["regrad"]),
@@ -65,7 +65,8 @@ def run(place: Bench, options: Options) -> Result:
         f"({spread([a / b for a, b in zip(wall[faster], wall['regrad'], strict=True)])}).",
         f"The plain loop ran in fp32 ({shown(1 / statistics.median(wall['fp32']))} passages/s) and in bf16 "
         f"({shown(1 / statistics.median(wall['bf16']))} passages/s); the baseline is {faster}. "
-        "regrad's time includes reading, cutting, embedding, the codec, checksums and commits.",
+        "regrad's time includes reading, cutting, embedding, the codec, checksums and commits. It takes a gradient of "
+        "each of a passage's segments, the plain loop one of the whole passage.",
         "Peak memory: regrad "
         + shown(max(ran.peak_bytes for ran in results[f"regrad {large}"]) / 1e6, "MB")
         + ", plain loop "
@@ -111,7 +112,7 @@ def _bytes(place: Bench, size: int, dtype: str) -> list[Figure]:
     without, included = (everything - prior) / size, everything / size
     name = "bytes a passage, text, embedding and index included (baseline over regrad)"
     return [
-        Figure(name, without, "B", plain, plain / without, Target("≥", 50)),
+        Figure(name, without, "B", plain, plain / without, Target("≥", 60)),
         Figure(f"the same with the bank's one prior, over {size} passages", included, "B", plain, plain / included),
     ]
 
@@ -132,6 +133,7 @@ def _possible(place: Bench, tokens: float, device: str, ours: float, plain: floa
             100 * ours * total / top,
             "%",
             100 * plain * gradient / top,
+            target=Target("≥", 50, "value"),
         ),
         Figure(
             "passages a second possible at most here: matrix products at that rate and nothing else",

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+RANK = 32  # the shipped prior's
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def lora_network(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
-    """(PEFT model with LoRA r = 8, alpha = 16 on the modules that regrad adapts, its tokenizer)."""
+    """(PEFT model with LoRA of the rank, and twice that as alpha, on the modules that regrad adapts, its tokenizer)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +28,7 @@ def lora_network(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPES[dtype]))
     network.eval().to(device)
     modules = [projection.path for projection in find_projections(network)]
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=modules, task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=modules, task_type="CAUSAL_LM")
     return get_peft_model(network, config, autocast_adapter_dtype=False), AutoTokenizer.from_pretrained(folder)
 
 

@@ -217,7 +217,7 @@ def test_made_passages_are_as_many_as_asked_all_different_and_each_a_document_of
     assert all(160 <= each[0].tokens <= 192 for each in cut)
 
 
-def test_the_plain_loop_computes_the_same_gradients_as_regrad(tiny_model_folder, tmp_path):
+def test_the_plain_loop_computes_the_same_gradients_as_regrad(tiny_model_folder, tmp_path, monkeypatch):
     import torch
     from safetensors.torch import load_file
 
@@ -230,6 +230,7 @@ def test_the_plain_loop_computes_the_same_gradients_as_regrad(tiny_model_folder,
     file = tmp_path / "passages.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     torch.manual_seed(0)
+    monkeypatch.setattr(plain_loop, "RANK", 8)
     network, tokenizer = plain_loop.lora_network(tiny_model_folder, "fp32", "cpu")
     ids = [tokenizer(f"{r['title']}\n{r['text']}", add_special_tokens=False)["input_ids"] for r in records]
     with torch.no_grad():
