@@ -21,7 +21,7 @@ from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evidence import Asked, Evidence, OwnGradients, derangement, found_evidence, own_passages
 from regrad_cli.fingerprints import Fingerprint, fingerprint
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
-from regrad_cli.priors import AUTO, CODEC, prior_for
+from regrad_cli.priors import AUTO, chosen_codec, prior_for
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.tasks import Task
 
@@ -204,8 +204,7 @@ class Bench:
             return layout_of(self.answerer.settings).codec
         if self.options.codec is None:
             return None
-        name = (self.prior.codec or CODEC) if self.options.codec == AUTO else self.options.codec
-        return Codec(parse_codec(name), self.prior.shapes)
+        return Codec(parse_codec(chosen_codec(self.prior, self.options.codec)), self.prior.shapes)
 
     def _gather(self) -> Iterator[Notice | Progress]:
         """What each question is answered from; tasks whose passages have no gradient are left out."""

@@ -51,7 +51,7 @@ def new_settings(
     _refuse_too_long(model, chunk_tokens)
     identity = fingerprint(model.path)
     prior = prior_for(model, identity, prior_file, seed=seed)
-    codec_settings = parse_codec((prior.codec or CODEC) if codec == AUTO else codec)
+    codec_settings = parse_codec(chosen_codec(prior, codec))
     dimension = load_embedder(embedder.path, device="cpu").dimension
     fields, data = _fields_of(prior, codec_settings, dimension)
     settings = BankSettings(
@@ -68,6 +68,11 @@ def new_settings(
         **fields,
     )
     return settings, data, worse_under(prior, codec_settings)
+
+
+def chosen_codec(prior: Prior, asked: str) -> str:
+    """The codec's name, where AUTO may be asked for."""
+    return (prior.codec or CODEC) if asked == AUTO else asked
 
 
 def worse_under(prior: Prior, codec: CodecSettings) -> str | None:
