@@ -75,7 +75,7 @@ def _generated(
     """(place, answer, its tokens, its share of the seconds) of each of a group that all have gradients, or none has."""
     from regrad_cli.learn.generate import adapted_rows, batches, greedy_batch
 
-    for batch in batches(model, [len(asked[place].prompt) for place in group]):
+    for batch in batches(model, [len(asked[place].prompt) for place in group], max_tokens):
         chosen = [group[place] for place in batch]
         start = time.perf_counter()
         context: AbstractContextManager[Any] = nullcontext()

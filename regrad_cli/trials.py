@@ -79,7 +79,7 @@ def answers(
         prompts = [
             prompt_ids(model, one.question.question, evidence[one.number].shown if way.shows else ()) for one in group
         ]
-        for batch in batches(model, list(map(len, prompts))):
+        for batch in batches(model, list(map(len, prompts)), max_tokens):
             chosen = [group[place] for place in batch]
             start = time.perf_counter()
             with nullcontext() if untouched else _weights(model, chosen, way):

@@ -1,12 +1,11 @@
 """Greedy answers to many prompts at once, each row with weights of its own where that is wanted. Knows no tasks.
 
-A batch gives the tokens that `prompt.greedy` gives one by one. In fp32 a test holds that; in bf16 sums of another
-order move a logit by its last bits, so that where two tokens are nearly tied a batch may take the other one.
+A batch gives the tokens that `prompt.greedy` gives one by one. In fp32 a test holds that; in bf16 a sum of another
+order may move a logit by its last bits, so that where two tokens are nearly tied a batch may take the other one.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,62 +16,54 @@ from torch import nn
 
 from regrad_cli.errors import PriorMismatch
 from regrad_cli.learn.adapt import hooked
-from regrad_cli.learn.model import Model, Projection, last
+from regrad_cli.learn.model import Model, Projection
 from regrad_cli.learn.prior import Prior
+from regrad_cli.learn.prompt import next_tokens, padded_width
 
 # Prompts in one batch, and their tokens with padding: what a prompt of many passages may take of memory.
 ROWS = {"cpu": 16, "cuda": 128, "mps": 32}
 TOKENS = {"cpu": 8_192, "cuda": 131_072, "mps": 16_384}
+ATTENDED = {"cpu": 512}  # keys that PyTorch's attention adds up at a time
 
 
-def batches(model: Model, lengths: Sequence[int]) -> list[list[int]]:
-    """Places of prompts (by their lengths in tokens) in batches of similar lengths, shortest first."""
+def batches(model: Model, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Places of prompts (by their lengths in tokens) in batches of similar lengths, shortest first.
+
+    Of prompts that with their answers may pass `ATTENDED` only those of one width are together: attention adds up so
+    many keys at a time, and where a row begins elsewhere, its sums are others.
+    """
     kind = model.device.type
     rows, tokens = ROWS.get(kind, ROWS["cpu"]), TOKENS.get(kind, TOKENS["cpu"])
+    attended = ATTENDED.get(kind)
     found: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: (lengths[place], place)):
-        if not found or len(found[-1]) >= rows or (len(found[-1]) + 1) * lengths[place] > tokens:
+        width = padded_width(model, lengths[place])
+        if (
+            not found
+            or len(found[-1]) >= rows
+            or (len(found[-1]) + 1) * lengths[place] > tokens
+            or (
+                attended is not None
+                and width + max_tokens > attended
+                and width != padded_width(model, lengths[found[-1][0]])
+            )
+        ):
             found.append([])
         found[-1].append(place)
     return found
 
 
-@torch.inference_mode()
 def greedy_batch(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """The answer's tokens for each prompt, without the token that ends it; prompts are padded on the left."""
+    """The answer's tokens for each prompt, without the token that ends it."""
     ends = set(model.end_ids)
-    width = max(map(len, prompts))
-    step = torch.zeros((len(prompts), width), dtype=torch.long)  # (B, L)
-    mask = torch.zeros_like(step)
-    for row, prompt in enumerate(prompts):
-        step[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    step, mask = step.to(model.device), mask.to(model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
     answers: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
-    cache = None
-    for _ in range(max_tokens):
-        placed = {"position_ids": positions} if takes_positions else {}
-        output = model.network(
-            input_ids=step,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=last(step),
-            **placed,
-        )
-        cache = output.past_key_values
-        step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
-        tokens = step[:, 0].tolist()
+    for tokens in next_tokens(model, prompts, max_tokens):
         going -= {row for row in going if tokens[row] in ends}
         for row in going:
             answers[row].append(tokens[row])
         if not going:
             break
-        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], dim=1)
-        positions = positions[:, -1:] + 1
     return answers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from regrad_cli.learn.model import Model, last
 
 INSTRUCTION = "Answer the question in a few words."
+PADDED = {"cpu": 16}  # tokens
 
 
 def question_text(question: str, passages: Sequence[str] = ()) -> str:
@@ -27,7 +29,6 @@ def prompt_ids(model: Model, question: str, passages: Sequence[str] = ()) -> lis
     return model.token_ids(f"{text}\nAnswer:")
 
 
-@torch.inference_mode()
 def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Generator[int, None, int | None]:
     """The most likely next token, again and again, until the answer ends; the ending token is not yielded but returned,
     None where there was none.
@@ -36,17 +37,53 @@ def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Generator[in
     they can be streamed and interrupted. Between two tokens the caller's own gradient mode is in force.
     """
     ends = set(model.end_ids)
-    step = torch.tensor([list(prompt)], device=model.device)
-    cache = None
-    for _ in range(max_tokens):
-        output = model.network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=last(step))
-        cache = output.past_key_values
-        step = output.logits[:, -1:].argmax(dim=-1)  # (1, 1)
-        token = int(step)
+    for (token,) in next_tokens(model, [prompt], max_tokens):
         if token in ends:
             return token
         yield token
     return None
+
+
+def padded_width(model: Model, tokens: int) -> int:
+    """What a prompt of so many tokens is filled up to."""
+    quantum = PADDED.get(model.device.type, 1)
+    return -(-tokens // quantum) * quantum
+
+
+@torch.inference_mode()
+def next_tokens(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+    """The most likely next token after each of B prompts and what followed it, (B,), `max_tokens` times; answers that
+    have ended are not told from others.
+
+    Prompts are padded on the left to a multiple of `PADDED` tokens, also a prompt by itself, so that in a batch a row's
+    padding is longer by a multiple of it: in bf16 on a CPU its attention then adds up in the same order and gives the
+    same bits (measured 2026-11, AVX512-BF16, up to 512 tokens; other paddings change up to 4 % of its values).
+    """
+    width = padded_width(model, max(map(len, prompts)))
+    step = torch.zeros((len(prompts), width), dtype=torch.long)  # (B, L)
+    mask = torch.zeros_like(step)
+    for row, prompt in enumerate(prompts):
+        step[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    step, mask = step.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
+    cache = None
+    for _ in range(max_tokens):
+        placed = {"position_ids": positions} if takes_positions else {}
+        output = model.network(
+            input_ids=step,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last(step),
+            **placed,
+        )
+        cache = output.past_key_values
+        step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
+        yield step[:, 0].tolist()
+        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], dim=1)
+        positions = positions[:, -1:] + 1
 
 
 class Kept:

@@ -134,11 +134,37 @@ def test_batches_hold_every_prompt_once_in_rows_of_like_length(
     monkeypatch.setitem(generate.ROWS, "cpu", 4)
     monkeypatch.setitem(generate.TOKENS, "cpu", 60)
     lengths = [50, 3, 100, 7, 7, 3, 3, 20, 25, 3]
-    found = batches(family("llama"), lengths)
+    found = batches(family("llama"), lengths, 8)
     assert sorted(place for batch in found for place in batch) == list(range(len(lengths)))
     assert all(len(batch) <= 4 for batch in found)
     assert all(len(batch) == 1 or len(batch) * max(lengths[p] for p in batch) <= 60 for batch in found)
     assert [lengths[place] for batch in found for place in batch] == sorted(lengths)
+
+
+def test_a_rows_padding_in_a_batch_is_longer_by_whole_steps_only(family: Callable[[str], Model]) -> None:
+    """So that in bf16 its attention adds up as it does alone."""
+    model = family("llama")
+    prompts = random_passages(model, LENGTHS)
+    widths: list[int] = []
+
+    def seen(_module: torch.nn.Module, _inputs: object, given: dict[str, torch.Tensor]) -> None:
+        widths.append(given["attention_mask"].shape[1])
+
+    handle = model.network.register_forward_pre_hook(seen, with_kwargs=True)
+    for prompt in prompts:
+        list(greedy(model, prompt, 1))
+    greedy_batch(model, prompts, 1)
+    handle.remove()
+    *alone, together = widths
+    assert alone == [16, 32, 16, 32, 32] and together == 32
+
+
+def test_prompts_that_attention_adds_up_in_parts_are_only_with_those_of_their_width(
+    family: Callable[[str], Model],
+) -> None:
+    lengths = [10, 440, 441, 450, 455, 480, 481, 490, 600]
+    found = [[lengths[place] for place in batch] for batch in batches(family("llama"), lengths, 64)]
+    assert found == [[10, 440, 441], [450, 455], [480], [481, 490], [600]]
 
 
 @pytest.mark.parametrize("codec", [None, "r1-int4", "int8"])
