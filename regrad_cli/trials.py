@@ -53,13 +53,14 @@ class Way:
 
 def noise(codec: Codec | None, seed: int, run: int) -> Callable[[Adaptation, Evidence], Adaptation]:
     """Replaces gradients by noise that is as strong, the same for the same evidence."""
+    from regrad_cli.learn.controls import Noise
+
+    drawn = Noise(codec, seed=int.from_bytes(hashlib.sha256(f"{seed} {run}".encode()).digest()[:7], "big"))
 
     def alter(adaptation: Adaptation, evidence: Evidence) -> Adaptation:
-        from regrad_cli.learn.controls import random_like
-
         digest = hashlib.sha256(f"{seed} {run} {evidence.name}".encode("utf-8", "surrogatepass")).digest()
         own = int.from_bytes(digest[:7], "big")
-        return replace(adaptation, gradients=Dense(random_like(adaptation.gradients.dense(), codec, seed=own)))
+        return replace(adaptation, gradients=Dense(drawn.like(adaptation.gradients.dense(), seed=own)))
 
     return alter
 

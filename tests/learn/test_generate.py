@@ -12,7 +12,7 @@ from regrad_cli.errors import PriorMismatch
 from regrad_cli.learn import generate
 from regrad_cli.learn.adapt import Tensors, adapted
 from regrad_cli.learn.codec import Codec, parse_codec
-from regrad_cli.learn.controls import random_like, weights_hash
+from regrad_cli.learn.controls import DRAWN, Noise, weights_hash
 from regrad_cli.learn.generate import adapted_rows, batches, greedy_batch
 from regrad_cli.learn.likelihood import answer_log_probability
 from regrad_cli.learn.model import Model
@@ -178,13 +178,14 @@ def test_noise_is_as_strong_as_the_gradient_in_every_tensor(family: Callable[[st
     }
     zero = next(iter(gradients))
     gradients[zero][1] = 0
-    noise = random_like(gradients, coded, seed=3)
+    drawn = Noise(coded, seed=7)
+    noise = drawn.like(gradients, seed=3)
     for name, gradient in gradients.items():
         torch.testing.assert_close(noise[name].norm(dim=(-2, -1)), gradient.norm(dim=(-2, -1)), rtol=1e-4, atol=0)
         cosine = (noise[name] * gradient).sum() / gradient.square().sum()
         assert abs(cosine) < 0.5, "that is no noise"
     assert not noise[zero][1].any()
-    again, other = (random_like(gradients, coded, seed=seed) for seed in (3, 4))
+    again, other = Noise(coded, seed=7).like(gradients, seed=3), drawn.like(gradients, seed=4)
     assert all(torch.equal(noise[name], again[name]) for name in noise)
     assert not all(torch.equal(noise[name], other[name]) for name in noise)
 
@@ -195,8 +196,18 @@ def test_noise_goes_through_the_codec(family: Callable[[str], Model]) -> None:
     codec = Codec(parse_codec("r1-int4"), prior.shapes)
     gradients = {name: torch.ones((1, *tensor.shape)) for name, tensor in prior.tensors.items()}
     for coded, rank in ((codec, 1), (None, min(prior.shapes[0][1:]))):
-        first = random_like(gradients, coded, seed=0)[prior.shapes[0].name][0]
+        first = Noise(coded, seed=0).like(gradients, seed=0)[prior.shapes[0].name][0]
         assert torch.linalg.matrix_rank(first, rtol=1e-3) == rank
+
+
+def test_many_gradients_get_noise_that_differs_from_one_to_the_next(family: Callable[[str], Model]) -> None:
+    prior = filled_prior(family("llama"))
+    gradients = {name: torch.ones((DRAWN, *tensor.shape)) for name, tensor in prior.tensors.items()}
+    for stack in Noise(None, seed=0).like(gradients, seed=0).values():
+        alike = torch.corrcoef(stack.flatten(1)) - torch.eye(DRAWN)
+        assert alike.abs().max() < 0.5
+    more = {name: torch.ones((2 * DRAWN + 1, *tensor.shape)) for name, tensor in prior.tensors.items()}
+    assert all(len(stack) == 2 * DRAWN + 1 for stack in Noise(None, seed=0).like(more, seed=0).values())
 
 
 def test_the_weights_hash_sees_one_changed_value(family: Callable[[str], Model]) -> None:
