@@ -10,7 +10,7 @@ import tiny
 import torch
 from train_runs import options, resume_file, trained
 
-from benchmarks.prior.make import halfway, stopped
+from benchmarks.prior.legs import halfway, stopped
 from regrad_cli.learn.prior import Prior
 
 

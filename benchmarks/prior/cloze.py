@@ -136,13 +136,12 @@ def _fits(answer: str, title: str, text: str) -> bool:
     return len(inside) == 1 and len(answer.split()) <= 6 and answer.lower() not in title.lower()
 
 
-def _gaps(title: str, sentence: str, rng: random.Random) -> list[Made]:
-    """Questions with a gap: a clause around a date, a number, a name or quoted words."""
-    made: list[Made] = []
+def facts(sentence: str) -> Iterator[tuple[str, int, str]]:
+    """Dates, numbers, names and quoted words that stand by themselves: which of these, where, and the words."""
     covered: list[tuple[int, int]] = []
     for sort, pattern in _PATTERNS:
         for match in pattern.finditer(sentence):
-            start, end = match.span(1)
+            start = match.start(1)
             answer = match[1].strip(" .,")
             end = start + len(answer)
             if any(start < right and left < end for left, right in covered):
@@ -150,16 +149,23 @@ def _gaps(title: str, sentence: str, rng: random.Random) -> list[Made]:
             covered.append((start, end))
             if sort == "name" and not _stands_alone(sentence, start, end, answer):
                 continue
-            if sort != "title" and _in_list(sentence, start, end):
-                continue
-            if sort == "number" and re.search(r"(?:[Nn]o\.|chapter|page|least|than|about|top) $", sentence[:start]):
-                continue
-            if sort == "title" and (len(answer.split()) > 6 or not answer[0].isupper()):
-                continue
-            clause = _clause(sentence, start, end, rng)
-            if clause:
-                asks = _ASK[sort] if rng.random() < 0.55 else _ASK_ANY
-                made.append(Made(rng.choice(asks).format(t=title, c=clause), answer, False))
+            if sort == "title" or not _in_list(sentence, start, end):
+                yield sort, start, answer
+
+
+def _gaps(title: str, sentence: str, rng: random.Random) -> list[Made]:
+    """Questions with a gap: a clause around a date, a number, a name or quoted words."""
+    made: list[Made] = []
+    for sort, start, answer in facts(sentence):
+        end = start + len(answer)
+        if sort == "number" and re.search(r"(?:[Nn]o\.|chapter|page|least|than|about|top) $", sentence[:start]):
+            continue
+        if sort == "title" and (len(answer.split()) > 6 or not answer[0].isupper()):
+            continue
+        clause = _clause(sentence, start, end, rng)
+        if clause:
+            asks = _ASK[sort] if rng.random() < 0.55 else _ASK_ANY
+            made.append(Made(rng.choice(asks).format(t=title, c=clause), answer, False))
     return made
 
 

@@ -1,31 +1,25 @@
 """Makes the prior that ships for the starter, and the fine-tuned baselines beside it, from the seed. Hours on a CPU.
 
     python -m benchmarks.prior.make --data FOLDER --work FOLDER prior       # → regrad_cli/data/prior-….safetensors
-    python -m benchmarks.prior.make --data FOLDER --work FOLDER direct rag  # → benchmarks/baselines/
+    python -m benchmarks.prior.make --data FOLDER --work FOLDER direct rag  # → benchmarks/baselines/, after the prior
 
-FOLDER of --data holds {nq,xquad}-{train,dev}.jsonl; everything else is generated. Killed, it goes on where it was.
-Each baseline gets the prior's tasks, steps and number of parameters, and the best of three learning rates.
+FOLDER of --data holds {nq,xquad}-{train,dev}.jsonl and covid-dev.jsonl (for its titles); everything else is generated.
+Killed, it goes on where it was. Each baseline gets the prior's tasks, steps and number of parameters, and the best of
+three learning rates.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks.prior import cloze, swapped
-from benchmarks.prior.worlds import write_worlds
-from regrad_cli.metatrain import MetaTrainOptions, meta_train
-from regrad_cli.records import Notice
-from regrad_cli.trainevents import Trained, TrainStep, Validated
-
-if TYPE_CHECKING:
-    from regrad_cli.learn.prior import Prior
+from benchmarks.prior.further import further
+from benchmarks.prior.legs import Task, halfway, learn, learned, metrics_file, read, stopped, worlds, written
+from regrad_cli.metatrain import MetaTrainOptions
 
 ROOT = Path(__file__).parents[2]
 RATES = (3e-4, 1e-3, 3e-3)
@@ -35,7 +29,7 @@ SECOND_ENDS, THIRD_ENDS = 583, 225  # steps: later, what they were to learn from
 
 
 class Recipe(NamedTuple):
-    """The settings of the prior's four legs (docs/experiments.md, 3, 7 and 9).
+    """The settings of the prior's first four legs (docs/experiments.md, 3, 7 and 9); the fifth is `last_leg`'s.
 
     first   whole passages as they are
     second  segments, with other answers; what is wanted is halfway from the first to where it stops
@@ -51,18 +45,18 @@ class Recipe(NamedTuple):
 
 def recipe(data: Path, work: Path) -> Recipe:
     train = (data / "nq-train.jsonl", data / "xquad-train.jsonl")
-    nq, xquad = (_read(file) for file in train)
+    nq, xquad = (read(file) for file in train)
     gaps = list(cloze.generate([*nq, *xquad], seed=0))
-    worlds = {seed: _worlds(work / f"worlds-{seed}.jsonl", seed=seed, tasks=500) for seed in (1, 2)}
+    invented = {seed: worlds(work / f"worlds-{seed}.jsonl", seed=seed, tasks=500) for seed in (1, 2)}
 
-    def others(seed: int, **copies: tuple[list[dict[str, Any]], int]) -> tuple[Path, ...]:
+    def others(seed: int, **copies: tuple[list[Task], int]) -> tuple[Path, ...]:
         return tuple(
-            _written(work / f"swapped-{name}-{seed}.jsonl", swapped.generate(tasks, seed, count))
+            written(work / f"swapped-{name}-{seed}.jsonl", swapped.generate(tasks, seed, count))
             for name, (tasks, count) in copies.items()
         )
 
     first = MetaTrainOptions(
-        tasks=(*train, _worlds(work / "worlds.jsonl", seed=0, tasks=2500)),
+        tasks=(*train, worlds(work / "worlds.jsonl", seed=0, tasks=2500)),
         dev=(data / "nq-dev.jsonl", data / "xquad-dev.jsonl"),
         out=work / "first" / "starter.safetensors",
         rank=32,
@@ -75,7 +69,7 @@ def recipe(data: Path, work: Path) -> Recipe:
     )
     second = replace(
         first,
-        tasks=(*others(0, nq=(nq, 1), xquad=(xquad, 6), cloze=(gaps, 1)), worlds[1]),
+        tasks=(*others(0, nq=(nq, 1), xquad=(xquad, 6), cloze=(gaps, 1)), invented[1]),
         out=work / "second" / "starter.safetensors",
         init=first.out,
         steps=1100,
@@ -86,10 +80,10 @@ def recipe(data: Path, work: Path) -> Recipe:
         segment_temperature=0.08,
         seed=2,
     )
-    as_they_are = (*train, _written(work / "cloze.jsonl", gaps))
+    as_they_are = (*train, written(work / "cloze.jsonl", gaps))
     third = replace(
         second,
-        tasks=(*as_they_are, *others(1, nq=(nq, 1), xquad=(xquad, 4)), worlds[1]),
+        tasks=(*as_they_are, *others(1, nq=(nq, 1), xquad=(xquad, 4)), invented[1]),
         out=work / "third" / "starter.safetensors",
         init=work / "halfway.safetensors",
         steps=900,
@@ -103,8 +97,8 @@ def recipe(data: Path, work: Path) -> Recipe:
     )
     fourth = replace(
         third,
-        tasks=(*as_they_are, *others(2, nq=(nq, 1), xquad=(xquad, 4)), worlds[2]),
-        out=work / "starter.safetensors",
+        tasks=(*as_they_are, *others(2, nq=(nq, 1), xquad=(xquad, 4)), invented[2]),
+        out=work / "fourth" / "starter.safetensors",
         init=work / "third.safetensors",
         steps=320,
         validate_every=80,
@@ -112,109 +106,75 @@ def recipe(data: Path, work: Path) -> Recipe:
         learning_rate=3e-4,
         seed=5,
     )
-    for leg in (first, second, third):
+    for leg in (first, second, third, fourth):
         leg.out.parent.mkdir(exist_ok=True)
     return Recipe(first, second, third, fourth)
 
 
-def _worlds(file: Path, *, seed: int, tasks: int) -> Path:
-    if not file.exists():
-        write_worlds(file, seed=seed, tasks=tasks)
-    return file
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def _written(file: Path, tasks: Iterable[dict[str, Any]]) -> Path:
-    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in tasks]
-    file.write_text("".join(lines), encoding="utf-8")
-    return file
-
-
-def learn(options: MetaTrainOptions) -> Iterator[Trained]:
-    """Runs it, printing how it goes; yields its end, at once where it has been done before."""
-    if options.out.exists() and not options.out.with_name(options.out.name + ".resume").exists():
-        return
-    for event in meta_train(options):
-        match event:
-            case TrainStep(step=step, loss=loss) if step % 20 == 0:
-                print(
-                    f"{options.out.stem} {step}/{options.steps} loss {loss} left {event.left_s / 60:.0f} min",
-                    flush=True,
-                )
-            case Validated(step=step, losses=losses):
-                print(f"{options.out.stem} {step}: {losses}", flush=True)
-            case Notice(message=message):
-                print(message, flush=True)
-            case Trained():
-                yield event
+def last_leg(data: Path, work: Path, fourth: MetaTrainOptions) -> MetaTrainOptions:
+    """The fifth leg (docs/experiments.md, 10): passages that nobody has seen. Makes them, where they are not there."""
+    return replace(
+        fourth,
+        tasks=further(data, work, reader=fourth.out),
+        out=work / "starter.safetensors",
+        init=fourth.out,
+        steps=600,
+        validate_every=200,
+        learning_rate=6e-4,
+        mix_context=0.4,
+        seed=11,
+    )
 
 
 def make_prior(data: Path, work: Path) -> None:
     """The prior, into the package: rounded, for the package may grow by 4 MB at most."""
-    from regrad_cli.learn.prior import Prior
-
     first, second, third, fourth = recipe(data, work)
     list(learn(first))
     assert third.init is not None and fourth.init is not None
     if not third.init.exists():
-        begun = Prior.from_bytes(first.out.read_bytes())
+        begun = learned(first.out)
         third.init.write_bytes(halfway(begun, stopped(second, begun, SECOND_ENDS)).to_bytes())
     if not fourth.init.exists():
-        begun = Prior.from_bytes(third.init.read_bytes())
+        begun = learned(third.init)
         fourth.init.write_bytes(stopped(third, begun, THIRD_ENDS).to_bytes())
     list(learn(fourth))
-    prior = Prior.from_bytes(fourth.out.read_bytes()).rounded()
+    last = last_leg(data, work, fourth)
+    list(learn(last))
+    prior = learned(last.out).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
 
-def stopped(options: MetaTrainOptions, begun: Prior, step: int) -> Prior:
-    """What a run that begins with this prior has learned after so many of its steps."""
-    from regrad_cli.learn.optimise import Training
-
-    with closing(meta_train(options)) as events:  # which keeps what was learned, as Ctrl-C does
-        for event in events:
-            if isinstance(event, TrainStep) and event.step >= step:
-                break
-    training = Training(begun, steps=options.steps, learning_rate=0.0, step_rate=0.0)
-    training.restore(options.out.with_name(options.out.name + ".resume").read_bytes())
-    return replace(begun, tensors=training.theta, log_step_sizes=training.log_steps)
-
-
-def halfway(one: Prior, other: Prior) -> Prior:
-    """The mean of two priors' θ and log α, with the first one's card."""
-    logs = {name: (log + other.log_step_sizes[name]) / 2 for name, log in one.log_step_sizes.items()}
-    tensors = {name: (tensor + other.tensors[name]) / 2 for name, tensor in one.tensors.items()}
-    return replace(one, tensors=tensors, log_step_sizes=logs)
-
-
 def make_baseline(objective: str, data: Path, work: Path) -> None:
-    """A baseline of as many steps on the same tasks, in two legs, with the best of the learning rates in the first."""
+    """A baseline of as many steps on the same tasks, in two legs, with the best of the learning rates in the first.
+
+    The prior comes first: what was written for its last leg is learned from here too.
+    """
     folder = ROOT / "benchmarks" / "baselines"
     folder.mkdir(exist_ok=True)
     legs = recipe(data, work)
+    fifth = last_leg(data, work, legs.fourth)
     own = {"objective": objective, "segments": 1, "codec": "none"}
     first = replace(legs.first, **own, out=work / f"{objective}-first.safetensors")
-    steps = SECOND_ENDS + THIRD_ENDS + legs.fourth.steps
-    last = replace(legs.fourth, **own, out=work / f"{objective}.safetensors", init=first.out, steps=steps)
+    last = replace(
+        fifth,
+        **own,
+        tasks=(*legs.fourth.tasks, *fifth.tasks),
+        out=work / f"{objective}.safetensors",
+        init=first.out,
+        steps=SECOND_ENDS + THIRD_ENDS + legs.fourth.steps + fifth.steps,
+    )
     found = {}
     for rate in RATES:
         out = work / f"{objective}-search-{rate:g}.safetensors"
         list(learn(replace(first, out=out, learning_rate=rate, steps=SEARCH_STEPS, validate_every=100)))
-        found[rate] = min(entry["chosen"] for entry in _read(_metrics(out)) if "chosen" in entry)
-        shutil.copyfile(_metrics(out), folder / _metrics(out).name)
+        found[rate] = min(entry["chosen"] for entry in read(metrics_file(out)) if "chosen" in entry)
+        shutil.copyfile(metrics_file(out), folder / metrics_file(out).name)
     best = min(found, key=lambda rate: found[rate])
     print(f"{objective}: dev loss after {SEARCH_STEPS} steps by learning rate {found}: {best:g} is taken", flush=True)
     for number, (leg, rate) in enumerate(((first, best), (last, best * LAST_RATE)), 1):
         list(learn(replace(leg, learning_rate=rate)))
-        shutil.copyfile(_metrics(leg.out), folder / f"{objective}-{number}.metrics.jsonl")
+        shutil.copyfile(metrics_file(leg.out), folder / f"{objective}-{number}.metrics.jsonl")
     shutil.copyfile(last.out, folder / last.out.name)
-
-
-def _metrics(out: Path) -> Path:
-    return out.with_name(out.name + ".metrics.jsonl")
 
 
 def main() -> None:

@@ -1,0 +1,85 @@
+"""Legs of a long training: run to their end or stopped, printing how they go, and what is made of their priors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.prior.worlds import write_worlds
+from regrad_cli.metatrain import MetaTrainOptions, meta_train
+from regrad_cli.records import Notice
+from regrad_cli.trainevents import Trained, TrainStep, Validated
+
+if TYPE_CHECKING:
+    from regrad_cli.learn.prior import Prior
+
+Task = dict[str, Any]
+
+
+def read(file: Path) -> list[Task]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def written(file: Path, tasks: Iterable[Task]) -> Path:
+    lines = [json.dumps(task, ensure_ascii=False) + "\n" for task in tasks]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+def worlds(file: Path, *, seed: int, tasks: int) -> Path:
+    if not file.exists():
+        write_worlds(file, seed=seed, tasks=tasks)
+    return file
+
+
+def learn(options: MetaTrainOptions) -> Iterator[Trained]:
+    """Runs it, printing how it goes; yields its end, or nothing where it has been done before."""
+    if options.out.exists() and not options.out.with_name(options.out.name + ".resume").exists():
+        return
+    for event in meta_train(options):
+        match event:
+            case TrainStep(step=step, loss=loss) if step % 20 == 0:
+                print(
+                    f"{options.out.stem} {step}/{options.steps} loss {loss} left {event.left_s / 60:.0f} min",
+                    flush=True,
+                )
+            case Validated(step=step, losses=losses):
+                print(f"{options.out.stem} {step}: {losses}", flush=True)
+            case Notice(message=message):
+                print(message, flush=True)
+            case Trained():
+                yield event
+
+
+def learned(file: Path) -> Prior:
+    from regrad_cli.learn.prior import Prior
+
+    return Prior.from_bytes(file.read_bytes())
+
+
+def stopped(options: MetaTrainOptions, begun: Prior, step: int) -> Prior:
+    """What a run that begins with this prior has learned after so many of its steps."""
+    from regrad_cli.learn.optimise import Training
+
+    with closing(meta_train(options)) as events:  # which keeps what was learned, as Ctrl-C does
+        for event in events:
+            if isinstance(event, TrainStep) and event.step >= step:
+                break
+    training = Training(begun, steps=options.steps, learning_rate=0.0, step_rate=0.0)
+    training.restore(options.out.with_name(options.out.name + ".resume").read_bytes())
+    return replace(begun, tensors=training.theta, log_step_sizes=training.log_steps)
+
+
+def halfway(one: Prior, other: Prior) -> Prior:
+    """The mean of two priors' θ and log α, with the first one's card."""
+    logs = {name: (log + other.log_step_sizes[name]) / 2 for name, log in one.log_step_sizes.items()}
+    tensors = {name: (tensor + other.tensors[name]) / 2 for name, tensor in one.tensors.items()}
+    return replace(one, tensors=tensors, log_step_sizes=logs)
+
+
+def metrics_file(out: Path) -> Path:
+    return out.with_name(out.name + ".metrics.jsonl")
