@@ -140,7 +140,9 @@ def make_prior(data: Path, work: Path) -> None:
     list(learn(fourth))
     last = last_leg(data, work, fourth)
     list(learn(last))
-    prior = learned(last.out).rounded()
+    prior = halfway(learned(last.out), learned(fourth.out))
+    card = {name: told for name, told in prior.card.items() if name not in ("losses", "best_step")}  # not the mean's
+    prior = replace(prior, card=card | {"mean_with": card["init"]}).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
 

@@ -13,6 +13,7 @@ from regrad_cli.learn.model import Model
 
 DRAWN = 16  # more than the segments of an answer that usually weigh
 
+
 class Noise:
     """Gaussian noise that stands in for gradients.
 
