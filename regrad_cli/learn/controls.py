@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
 from regrad_cli.learn.adapt import Tensors
 from regrad_cli.learn.codec import Codec
@@ -54,7 +55,7 @@ class Noise:
         noise = {name: torch.randn((DRAWN, *shape), generator=generator) for name, shape in shapes.items()}
         if self._codec is not None:
             noise = self._codec.decode(*self._codec.encode(noise))
-        return {name: each / torch.linalg.vector_norm(each, dim=(-2, -1), keepdim=True) for name, each in noise.items()}
+        return {name: F.normalize(each.flatten(1)).view_as(each) for name, each in noise.items()}
 
 
 def weights_hash(model: Model) -> str:
