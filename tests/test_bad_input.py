@@ -359,6 +359,14 @@ def test_what_is_to_be_unpacked_and_is_not_there_is_told(tmp_path: Path, name: s
     assert shown.code in (10, 70) and "hint: " in shown.err and "please report" not in shown.err, shown
 
 
+def test_a_bank_that_init_made_in_the_folder_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`init .` makes the folder a bank, as its help says; who then asks for one is told."""
+    made(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    told(["bank", "ls"], 10, "no_bank", "there is no .gbank in", "it is a bank itself: --bank .")
+    assert call("bank", "ls", "--bank", ".").code == 0
+
+
 def test_banks_of_different_models_differ_in_their_settings_and_have_no_cosine(bank: Path, tmp_path: Path) -> None:
     other = made(tmp_path / "y" / ".gbank", model="9" * 64, model_name="another", tokenizer="8" * 64)
     shown = call("diff", bank, other)

@@ -108,6 +108,8 @@ def locate_bank(explicit: str | Path | None, start: Path) -> Path:
         with storage("look for a bank"):  # one that may not be entered is not passed over for one further up
             if looks_like_a_bank(folder / BANK_FOLDER):
                 return folder / BANK_FOLDER
+    if looks_like_a_bank(start):  # `init .` has made it
+        raise NoBank(f"there is no {BANK_FOLDER} in {start} or a folder above it", "it is a bank itself: --bank .")
     raise NoBank(
         f"there is no bank in {start} or a folder above it",
         "`regrad init` makes one here; --bank PATH or REGRAD_BANK names another",
