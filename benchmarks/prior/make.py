@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.prior import cloze, swapped
 from benchmarks.prior.further import further
-from benchmarks.prior.legs import Task, halfway, learn, learned, metrics_file, read, stopped, worlds, written
+from benchmarks.prior.legs import Task, halfway, learn, learned, metrics_file, read, stopped, validated, worlds, written
 from regrad_cli.metatrain import MetaTrainOptions
 
 ROOT = Path(__file__).parents[2]
@@ -141,8 +141,8 @@ def make_prior(data: Path, work: Path) -> None:
     last = last_leg(data, work, fourth)
     list(learn(last))
     prior = halfway(learned(last.out), learned(fourth.out))
-    card = {name: told for name, told in prior.card.items() if name not in ("losses", "best_step")}  # not the mean's
-    prior = replace(prior, card=card | {"mean_with": card["init"]}).rounded()
+    card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, last)}
+    prior = replace(prior, card=card).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
 
