@@ -10,7 +10,7 @@ import tiny
 import torch
 from train_runs import options, resume_file, trained
 
-from benchmarks.prior.legs import halfway, stopped
+from benchmarks.prior.legs import halfway, stopped, validated
 from regrad_cli.learn.prior import Prior
 
 
@@ -39,3 +39,10 @@ def test_halfway_from_a_prior_to_a_leg_that_was_stopped(tmp_path: Path, model: P
         logs = (begun.log_step_sizes[name], reached.log_step_sizes[name])
         assert middle.log_step_sizes[name] == pytest.approx(sum(logs) / 2)
     assert middle.card == begun.card
+
+
+def test_a_priors_losses_are_those_that_its_run_found(tmp_path: Path, model: Path) -> None:
+    run = replace(options(tmp_path / "run", model), dtype="fp32")
+    trained(run)
+    prior = Prior.from_bytes(run.out.read_bytes())
+    assert validated(prior, run) == pytest.approx(prior.card["losses"], rel=1e-4)
