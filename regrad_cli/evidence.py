@@ -6,6 +6,7 @@ Knows tasks, gradients and (through `answer`) a bank; generates and scores nothi
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from regrad_cli.weighing import Cutter
 
 RECALL_AT = (1, 3, 10)
+LEAST_OVERLAP = 20  # characters beside the answer that a hit shares with a task's passage, or all of either
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -218,7 +220,8 @@ def found_evidence(
 def recall(asked: Sequence[Asked], evidence: dict[int, Evidence]) -> dict[str, float]:
     """{"recall@k": the share of questions with a passage of their task among the first k hits}, k = 1, 3, 10.
 
-    A hit is such a passage where it holds one's whole text (space aside), or is the piece of one that holds an answer.
+    A hit is such a passage where it holds one's whole text (space aside), or where both cover the stretch of a document
+    that holds an answer: a bank cuts documents by its own rule.
     """
     first = []
     for one in asked:
@@ -228,14 +231,31 @@ def recall(asked: Sequence[Asked], evidence: dict[int, Evidence]) -> dict[str, f
 
 
 def _is_gold(text: str, asked: Asked) -> bool:
-    hit = " ".join(text.split())
+    hit = _spaced(text)
     for passage in asked.task.passages:
-        own = " ".join(passage.split())
+        own = _spaced(passage)
         if own in hit:
             return True
-        if hit and hit in own and any(" ".join(answer.split()) in hit for answer in asked.question.answers):
-            return True
+        for answer in map(_spaced, asked.question.answers):
+            places = ((a, b) for a in _places(own, answer) for b in _places(hit, answer))
+            if any(_overlap(own, hit, a - b, len(answer)) for a, b in places):
+                return True
     return False
+
+
+def _overlap(own: str, hit: str, shift: int, answer: int) -> bool:
+    """Whether two texts, one `shift` characters on in the other, are the same wherever both are, beyond the answer."""
+    begin, end = max(0, shift), min(len(own), len(hit) + shift)
+    whole = end - begin == min(len(own), len(hit))
+    return (whole or end - begin >= answer + LEAST_OVERLAP) and own[begin:end] == hit[begin - shift : end - shift]
+
+
+def _places(text: str, part: str) -> list[int]:
+    return [match.start() for match in re.finditer(f"(?={re.escape(part)})", text)]
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def derangement(groups: Sequence[frozenset[Any]], seed: int) -> list[int] | None:

@@ -508,6 +508,25 @@ def test_recall_counts_a_longer_hit_and_the_piece_with_the_answer_but_no_other_t
     assert at(*["no"] * 5)["recall@10"] == 0
 
 
+@pytest.mark.parametrize(
+    "hit, gold",
+    [
+        ("It is lit at dusk. Its ferry is the Grey Heron. It sails on Mondays.", True),  # begins before, goes on after
+        ("Its ferry is the Grey Heron. It sails on Mondays.", True),
+        ("Its ferry is the Grey Heron of elsewhere. It sails on Mondays.", False),  # the same words, another text
+        ("Heron. It sails on Mondays.", False),  # hardly more than the answer
+    ],
+)
+def test_recall_counts_a_hit_that_shares_the_stretch_with_the_answer(hit: str, gold: bool) -> None:
+    from regrad_cli.evidence import Asked, Evidence, recall
+    from regrad_cli.tasks import TaskQuestion
+
+    text = "The lamp is lit by Oda. It is lit at dusk. Its ferry is the Grey Heron."
+    task = Task("t", "T", (text,), (TaskQuestion("q", ("Heron",)),))
+    found = recall([Asked(0, "d", task, task.questions[0])], {0: Evidence("", (), (), None, (hit,))})
+    assert found["recall@1"] == gold
+
+
 def test_where_nothing_fits_the_untouched_model_answers(
     files: tuple[Path, Path], tiny_model_folder: Path, made_bank: Path
 ) -> None:
