@@ -179,12 +179,13 @@ class Graph:
     def _candidates(
         self, labels: npt.NDArray[np.uint64], distances: npt.NDArray[np.float32], wanted: int
     ) -> list[Candidate]:
-        candidates: list[Candidate] = []
-        for label, distance in zip(labels.tolist(), distances.tolist(), strict=True):
-            if label < len(self._live) and self._live[label] and len(candidates) < wanted:
-                shard = int(np.searchsorted(self._starts, label, side="right")) - 1
-                candidates.append(Candidate(1.0 - distance, RowRef(shard, label - int(self._starts[shard]))))
-        return candidates
+        places = labels.astype(np.int64)
+        alive = places < len(self._live)
+        alive[alive] = self._live[places[alive]]
+        places, distances = places[alive][:wanted], distances[alive][:wanted]
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        refs = map(RowRef, shards.tolist(), (places - self._starts[shards]).tolist())
+        return list(map(Candidate, (1.0 - distances.astype(np.float64)).tolist(), refs))
 
 
 def load(store: Store, manifest: Manifest) -> Graph | None:

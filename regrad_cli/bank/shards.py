@@ -38,13 +38,13 @@ LINE_LIMIT = 16 << 20  # bytes of one passage with its source and title
 ROW_COST_BYTES = 64 << 10  # what is read and hashed in the time that a row of its own takes beside its bytes (60 µs)
 _ROW = b"gbank row 1\0"
 DTYPES = {"I64": "<i8", "I32": "<i4", "F16": "<f2", "U8": "|u1"}
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "document": str,
-    "source": str,
-    "title": str,
-    "ordinal": int,
-    "offset": int,
-    "tokens": int,
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "document": (str,),
+    "source": (str,),
+    "title": (str,),
+    "ordinal": (int,),
+    "offset": (int,),
+    "tokens": (int,),
     "text": (str, type(None)),
 }
 
@@ -98,13 +98,13 @@ def passage_line(passage: Passage) -> bytes:
 def parse_line(line: bytes) -> Passage:
     """raises ValueError if it is not a line that passage_line wrote"""
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict) or set(value) != set(_FIELDS):
+    if not isinstance(value, dict) or value.keys() != _FIELDS.keys():
         raise ValueError("other fields than a passage's")
     for field, kind in _FIELDS.items():
-        if not isinstance(value[field], kind) or isinstance(value[field], bool):
+        if type(value[field]) not in kind:
             raise ValueError(f"{field} is of another type")
     return Passage(**value)
 
