@@ -22,7 +22,7 @@ from benchmarks.bench import Bench, Options, Result, environment, told
 from benchmarks.measure import table
 
 # Those that time whole processes come first: later ones leave torch and a model in this one.
-NAMES = ("startup", "ingest", "gradients", "cold_ask", "many", "answer", "drift", "metatrain", "rows")
+NAMES = ("startup", "ingest", "gradients", "memory", "cold_ask", "many", "answer", "drift", "metatrain", "rows")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = """# Results
 

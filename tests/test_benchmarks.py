@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -406,3 +407,23 @@ def test_an_operation_is_a_process_that_says_what_it_took(tmp_path, monkeypatch)
     place = bench.Bench(tmp_path, bench.Options())
     ran = place.python("rowwork", "ingest", tmp_path, "256", "small")
     assert json.loads(ran.stdout)["passages"] == 256 and json.loads(ran.stdout)["seconds"] > 0
+
+
+def test_the_peak_memory_of_ingests_of_several_sizes_is_told_a_passage(tmp_path, monkeypatch):
+    from benchmarks import memory
+    from benchmarks.bench import Bench, Options
+
+    began = []
+
+    def ingest(place: Bench, bank: Path, begin: int, count: int) -> Ran:
+        began.append((begin, count, os.environ["REGRAD_INDEX_FROM"]))
+        return Ran(1.0, 1.0, 1000 * count + 5_000_000, "")
+
+    monkeypatch.setattr(memory, "_ingest", ingest)
+    monkeypatch.setattr(Bench, "python", lambda *_: None)
+    monkeypatch.setattr(Bench, "regrad", lambda *_: (tmp_path / "tiny.gbank").mkdir())
+    found = memory.run(Bench(tmp_path, Options(sizes=(10, 20))), Options(sizes=(10, 20)))
+    assert began == [(0, 10, "1000000000000"), (0, 20, "1000000000000"), (20, 8, "1")]  # the graph is built apart
+    more = found.figures[2]
+    assert more.value == 1000 and more.met is False
+    assert len({record["text"] for record in memory.records(0, 3000)}) == 3000
