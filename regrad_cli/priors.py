@@ -79,7 +79,10 @@ def worse_under(prior: Prior, codec: CodecSettings) -> str | None:
     """What is to be said where gradients of this prior are to be stored under that codec."""
     if prior.codec in (None, str(codec)):
         return None
-    return f"the prior was learned through the codec {prior.codec}: under {codec} its gradients may answer worse"
+    assert prior.codec is not None
+    own, other = prior.f1_under(prior.codec), prior.f1_under(str(codec))
+    worse = "its gradients may answer worse" if own is None or other is None else f"F1 is {other:g} instead of {own:g}"
+    return f"the prior was learned through the codec {prior.codec}: under {codec} {worse}"
 
 
 def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettings, bytes]:

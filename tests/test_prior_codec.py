@@ -16,6 +16,7 @@ from test_stale import write_prior
 from use_cases import ingest, rows, story, write
 
 from regrad_cli.bank import open_bank
+from regrad_cli.errors import Damaged
 from regrad_cli.learn.prior import Prior
 from regrad_cli.maintain import CompactOptions, compact
 from regrad_cli.move import MoveOptions, move
@@ -63,6 +64,25 @@ def test_a_bank_is_made_with_it_and_says_so_where_another_is_asked_for(make: Any
     assert codec_of(bank) == "int8" and f"learned through the codec {THROUGH}" in told
     bank, told = make("plain", priors["plain"], codec="int8")
     assert codec_of(bank) == "int8" and not told
+
+
+def test_where_it_was_measured_what_another_codec_costs_is_told(
+    make: Any, priors: dict[str, Path], tmp_path: Path
+) -> None:
+    own = Prior.from_bytes(priors["own"].read_bytes())
+    measured = tmp_path / "measured.safetensors"
+    measured.write_bytes(replace(own, card=own.card | {"f1": {THROUGH: 38.4, "r1-int2": 35}}).to_bytes())
+    _, told = make("smaller", measured, codec="r1-int2")
+    assert "under r1-int2 F1 is 35 instead of 38.4" in told
+    _, told = make("unmeasured", measured, codec="int8")
+    assert "may answer worse" in told
+
+
+@pytest.mark.parametrize("found", [{"int8": "38"}, {"int8": True}, {"int8": 101}, {"int8": None}, 38, ["int8"]])
+def test_a_card_whose_f1_is_none_is_refused(priors: dict[str, Path], found: Any) -> None:
+    own = Prior.from_bytes(priors["own"].read_bytes())
+    with pytest.raises(Damaged):
+        Prior.from_bytes(replace(own, card=own.card | {"f1": found}).to_bytes())
 
 
 def test_a_move_brings_it_and_a_prior_without_one_leaves_what_is_there(

@@ -40,8 +40,8 @@ class Prior:
                     projection, in the model's order
     log_step_sizes  {name: log α}, one for every tensor
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
-                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "segments" and
-                    "segment_temperature" where passages were cut
+                    "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "f1" by codec
+                    where that was measured, "segments" and "segment_temperature" where passages were cut
     """
 
     tensors: dict[str, torch.Tensor]
@@ -67,6 +67,11 @@ class Prior:
         """The codec that it was learned through: under another one its gradients answer worse."""
         named = self.card.get("codec")
         return None if named is None else str(named)
+
+    def f1_under(self, codec: str) -> float | None:
+        """F1 of answers from gradients under this codec, 0 to 100; None where the card does not have it."""
+        found = self.card.get("f1", {}).get(codec)
+        return None if found is None else float(found)
 
     @property
     def segments(self) -> int:
@@ -170,6 +175,8 @@ def _refuse_odd_card(card: Mapping[str, Any]) -> None:
         raise ValueError("its card's name, or whether it is trained, is none")
     if type(card["k"]) is not int or not 1 <= card["k"] <= MOST_K:
         raise ValueError(f"its card's k is not from 1 to {MOST_K}")
+    if not all(type(found) in (int, float) and 0 <= found <= 100 for found in dict(card.get("f1", {})).values()):
+        raise ValueError("its card's F1 is not from 0 to 100")
     segments = card.get("segments", 1)
     if type(segments) is not int or not 1 <= segments <= MOST_SEGMENTS:
         raise ValueError(f"its card's segments are not from 1 to {MOST_SEGMENTS}")
