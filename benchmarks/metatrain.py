@@ -109,7 +109,7 @@ def run(place: Bench, options: Options) -> Result:
             "/s",
             tasks / sum(seconds["plain"]),
             paired_ratio(seconds["plain"], seconds["ours"]),
-            Target("≥", 3),
+            Target("≥", 4),
         ),
         Figure(
             f"answer loss on {len(aside)} other tasks after {tasks} tasks",
