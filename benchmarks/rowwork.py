@@ -87,8 +87,20 @@ def opening(clock: Clock, folder: Path, name: str = "bank") -> dict[str, Any]:
     return {"manifest_bytes": len(bank.manifest.to_bytes()[0]), "shards": len(bank.manifest.shards)}
 
 
+def holding(clock: Clock, folder: Path) -> dict[str, Any]:
+    """What an ingest asks of the bank before it computes: all identities of rows, and the texts of one document."""
+    from regrad_cli.holdings import Holdings
+
+    with open_bank(folder / "bank") as bank:
+        _, passage, key = next(bank.passages())
+    with clock, open_bank(folder / "bank") as bank:
+        held = Holdings(bank)
+        found = len(held.of_document(passage.document))
+    return {"passages": found, "right": int(held.row_of(key) is not None)}
+
+
 def reading(clock: Clock, folder: Path) -> dict[str, Any]:
-    """Every passage read and proved: what an ingest does before it begins, and `bank ls`."""
+    """Every passage read and proved: what `bank ls` does, and an ingest with --prune."""
     with clock, open_bank(folder / "bank") as bank:
         return {"passages": sum(1 for _ in bank.passages())}
 
@@ -201,7 +213,7 @@ def compacting(clock: Clock, folder: Path) -> dict[str, Any]:
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {
     each.__name__: each
-    for each in (ingest, add, opening, reading, query, ask, session, graph, removing, diff, verifying, packing)
+    for each in (ingest, add, opening, holding, reading, query, ask, session, graph, removing, diff, verifying, packing)
 } | {"compacting": compacting}
 
 

@@ -24,6 +24,7 @@ from regrad_cli.documents import read_documents, read_stream
 from regrad_cli.engine import Engine, NewRows, narrated, open_engine
 from regrad_cli.errors import UsageProblem
 from regrad_cli.fingerprints import fingerprint
+from regrad_cli.holdings import Holdings
 from regrad_cli.models import ModelFolder, resolve_embedder, resolve_model
 from regrad_cli.passages import split
 from regrad_cli.priors import new_settings, shipped_prior
@@ -44,7 +45,6 @@ LOOK_AHEAD_PASSAGES = 20_000  # planned before computing begins, so that the tim
 TRIAL_PASSAGES = 8  # computed by --dry-run to estimate the time
 
 Event = Notice | Progress | DocumentDone | Skipped | IngestSummary
-Place = tuple[int, int, bytes]  # a row's ordinal and offset in its document, and its key
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +174,8 @@ class _Run:
         self.seconds_a_passage = 0.0
         self.described = False
         self.bad: Counter[str] = Counter()  # passages whose loss or gradient is not finite, by document
-        self.have: dict[str, dict[Place, RowRef]] = {}
-        self.sources: dict[str, str] = {}
-        self.by_key: dict[bytes, RowRef] = {}
-        for ref, passage, key in snapshot.passages():
-            self.have.setdefault(passage.document, {})[passage.ordinal, passage.offset, key] = ref
-            self.sources[passage.document] = passage.source
-            self.by_key[key] = ref
+        self.snapshot = snapshot
+        self.held = Holdings(snapshot)
 
     def work(self) -> Iterator[Event]:
         batches = self._plan()
@@ -240,7 +235,7 @@ class _Run:
                 self._skip(Skipped(item.source, "another document of this ingest has the same name"))
                 continue
             self.seen.add(item.id)
-            have = dict(self.have.get(item.id, {}))
+            have = self.held.of_document(item.id)
             count = added = 0
             for passage in self._passages(item):
                 if passage.tokens < 2:
@@ -295,13 +290,14 @@ class _Run:
         """Rows of documents that lay under the given paths and are gone; what merely could not be read is not gone."""
         roots = [_place(_real(path)) for path in self.options.paths]
         unread = [self._place_of(whole) for one in self.skipped for whole in _whole(one.source)]
-        for document, source in self.sources.items():
+        sources = {passage.document: passage.source for _, passage, _ in self.snapshot.passages()}
+        for document, source in sources.items():
             place = self._place_of(source)
             if document in self.seen or source.startswith("stdin#") or any(_lies_in(place, one) for one in unread):
                 continue
             if any(_lies_in(place, root) for root in roots):
                 self.removed += 1
-                yield from self.have[document].values()
+                yield from self.held.refs(document)
 
     def _place_of(self, source: str) -> str:
         """Where a source lies, absolute: however a path is written or linked, sources and paths can be compared."""
@@ -321,8 +317,10 @@ class _Run:
         copied: dict[bytes, RowRef] = {}
         missing: dict[bytes, Passage] = {}
         for passage, key in batch.rows:
-            if key in self.by_key:
-                copied[key] = self.by_key[key]
+            if key in copied:
+                continue
+            if held := self.held.row_of(key):
+                copied[key] = held
             else:
                 missing.setdefault(key, passage)
         if missing and not self.described:
@@ -368,7 +366,7 @@ class _Run:
                     return end.value
 
     def _estimate(self, batch: _Batch) -> Iterator[Progress]:
-        trial = [passage for passage, key in batch.rows if key not in self.by_key][:TRIAL_PASSAGES]
+        trial = [passage for passage, key in batch.rows if self.held.row_of(key) is None][:TRIAL_PASSAGES]
         if trial and not self.seconds_a_passage:
             deque(self.engine.rows(trial[:1]), maxlen=0)  # loads what is loaded once
             start = time.perf_counter()

@@ -377,7 +377,7 @@ def test_every_operation_on_synthetic_rows_does_what_it_is_timed_for(tmp_path, m
     of = dict(said)  # the last of each, on the larger bank
     assert of["ingest"].items() >= {"documents": 128, "passages": 1024, "dead": 0}.items()
     assert of["diff"] == {"removed": 1, "added": 0} and of["removing"] == {"passages": 8}
-    assert of["reading"] == {"passages": 1032} and of["verifying"]["rows"] == 1032
+    assert of["reading"] == {"passages": 1032} and of["holding"]["passages"] == 8 and of["verifying"]["rows"] == 1032
     assert of["compacting"] == {"shards": 1, "rewritten": 0}
     assert [figure.met for figure in result.figures].count(None) >= 2  # no graph on the larger bank, no target
     assert "not run" in result.more and "1,024 rows" in result.more
