@@ -8,7 +8,6 @@ and while a snapshot's manifest cannot be read, nobody knows what it names, so n
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +19,6 @@ from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
 from regrad_cli.bank.opening import read_manifest
 from regrad_cli.bank.store import Folder
 from regrad_cli.errors import RegradError
-
-_HASH = re.compile(rb"[0-9a-f]{64}")
 
 
 def clear_leftovers(bank: Path, newest: Manifest) -> None:
@@ -104,13 +101,14 @@ def unread(bank: Path, number: int) -> Iterator[bool]:
 def remove_unnamed(bank: Path, candidates: Iterable[str]) -> None:
     """Removes those of the candidates that no snapshot names.
 
-    A hash that stands anywhere in a manifest keeps its file: that is told without parsing, ten times faster, where
-    thousands of snapshots name shards that were merged since. Only what is left then has every manifest proved.
+    A hash that stands in quotes anywhere in a manifest keeps its file: that is told without parsing, ten times faster,
+    where thousands of snapshots name shards that were merged since. A shard is named by a run of snapshots, so every
+    64th, then every 32nd … finds most names soon. Only what is left then has every manifest proved.
     """
     remaining: dict[bytes, list[str]] = {}
     for name in candidates:
         remaining.setdefault(Path(name).stem.encode(), []).append(name)
-    numbers = layout.snapshot_numbers(bank) if remaining else []
+    numbers = sorted(layout.snapshot_numbers(bank), key=lambda number: -(number & -number)) if remaining else []
     for number in numbers:
         if not remaining:
             return
@@ -119,7 +117,7 @@ def remove_unnamed(bank: Path, candidates: Iterable[str]) -> None:
                 text = region.read(0, min(region.length, MANIFEST_LIMIT))
         except (RegradError, OSError):
             return
-        for named in remaining.keys() & _HASH.findall(text):
+        for named in remaining.keys() & set(text.split(b'"')):
             del remaining[named]
     if remaining and all(_manifest(bank, number) is not None for number in numbers):
         for name in chain.from_iterable(remaining.values()):
