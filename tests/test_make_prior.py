@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,3 +47,17 @@ def test_a_priors_losses_are_those_that_its_run_found(tmp_path: Path, model: Pat
     trained(run)
     prior = Prior.from_bytes(run.out.read_bytes())
     assert validated(prior, run) == pytest.approx(prior.card["losses"], rel=1e-4)
+
+
+def test_what_a_codec_costs_is_told_with_what_was_measured_before(tmp_path: Path) -> None:
+    from benchmarks.prior import codecs
+
+    for name, f1 in (("fp32", 30.25), ("r1-int2", 29.75)):
+        score = {"all": {"f1": f1, "em": 20.0}, "nq-dev": {"f1": 1.0, "em": 2.0}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(score), encoding="utf-8")
+    exact, small = (codecs.scored(tmp_path, tmp_path, tmp_path / "no.prior", name) for name in (None, "r1-int2"))
+    told = codecs.table({"fp32": (None, exact), "r1-int2": (codecs.Cost(90_264, 134.8, 1.25, 0.5), small)})
+    assert told.splitlines()[2:] == [
+        "| fp32 | | 1 | 30.2 (20.0) | | |",
+        "| r1-int2 | 90,264 | 1/135 | 29.8 (20.0) | 1.2 | 0.5 |",
+    ]
