@@ -92,7 +92,7 @@ def adapted_rows(model: Model, prior: Prior, changes: Sequence[Mapping[str, torc
         return partial(branch, a, b)
 
     def branch(a: torch.Tensor, b: torch.Tensor, _module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
-        return output + torch.bmm(torch.bmm(inputs[0], a), b)
+        return output + inputs[0] @ a @ b
 
     with hooked(model, hook):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -79,11 +80,23 @@ def next_tokens(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int)
             logits_to_keep=last(step),
             **placed,
         )
-        cache = output.past_key_values
         step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
-        yield step[:, 0].tolist()
-        mask = torch.cat([mask, mask.new_ones((len(prompts), 1))], dim=1)
+        yield step[: len(prompts), 0].tolist()
+        first, cache = cache is None, output.past_key_values
+        if first and len(prompts) == 1 and _single_rows_differ(model) and _repeatable(cache):
+            cache.batch_repeat_interleave(2)
+            step, mask, positions = (each.repeat(2, 1) for each in (step, mask, positions))
+        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
         positions = positions[:, -1:] + 1
+
+
+def _single_rows_differ(model: Model) -> bool:
+    return model.device.type == "cpu" and model.dtype == torch.bfloat16
+
+
+def _repeatable(cache: Any) -> bool:
+    """Whether all of a model's layers keep what can be had twice; recurrent ones do not."""
+    return all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None]))
 
 
 class Kept:

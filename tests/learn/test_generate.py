@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from learn.conftest import FAMILIES, filled_prior, random_passages
+from transformers.cache_utils import DynamicLayer
 
 from regrad_cli.errors import PriorMismatch
 from regrad_cli.learn import generate
+from regrad_cli.learn import prompt as prompt_module
 from regrad_cli.learn.adapt import Tensors, adapted
 from regrad_cli.learn.codec import Codec, parse_codec
 from regrad_cli.learn.controls import DRAWN, Noise, weights_hash
@@ -157,6 +159,46 @@ def test_a_rows_padding_in_a_batch_is_longer_by_whole_steps_only(family: Callabl
     handle.remove()
     *alone, together = widths
     assert alone == [16, 32, 16, 32, 32] and together == 32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_bf16_a_prompt_by_itself_goes_on_in_two_rows_and_answers_the_same(
+    family: Callable[[str], Model], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = family(name), []
+    prompts = random_passages(model, LENGTHS)
+    prior = noisy_prior(model)
+    (change,) = changes_of(prior, 1)
+
+    def seen(_module: torch.nn.Module, _inputs: object, given: dict[str, torch.Tensor]) -> None:
+        rows.append(len(given["input_ids"]))
+
+    def answers() -> list[list[int]]:
+        rows.clear()
+        found = [list(greedy(model, prompt, 5)) for prompt in prompts]
+        with adapted_rows(model, prior, [change]):
+            return [*found, *greedy_batch(model, prompts[:1], 5)]
+
+    handle = model.network.register_forward_pre_hook(seen, with_kwargs=True)
+    expected = answers()
+    assert set(rows) == {1}
+    monkeypatch.setattr(prompt_module, "_single_rows_differ", lambda _: True)
+    assert answers() == expected and set(rows) == {1, 2} and rows[:2] == [1, 2]
+    rows.clear()
+    greedy_batch(model, prompts, 3)
+    handle.remove()
+    assert set(rows) == {len(prompts)}
+
+
+def test_what_cannot_be_kept_twice_goes_on_in_one_row(
+    family: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family("llama")
+    (prompt,) = random_passages(model, (9,))
+    expected = list(greedy(model, prompt, 5))
+    monkeypatch.setattr(prompt_module, "_single_rows_differ", lambda _: True)
+    monkeypatch.delattr(DynamicLayer, "batch_repeat_interleave")
+    assert list(greedy(model, prompt, 5)) == expected
 
 
 def test_prompts_that_attention_adds_up_in_parts_are_only_with_those_of_their_width(
