@@ -237,8 +237,8 @@ def _is_gold(text: str, asked: Asked) -> bool:
         if own in hit:
             return True
         for answer in map(_spaced, asked.question.answers):
-            places = ((a, b) for a in _places(own, answer) for b in _places(hit, answer))
-            if any(_overlap(own, hit, a - b, len(answer)) for a, b in places):
+            shifts = {a - b for a in _places(own, answer) for b in _places(hit, answer)}
+            if any(_overlap(own, hit, shift, len(answer)) for shift in shifts):
                 return True
     return False
 

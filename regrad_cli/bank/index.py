@@ -179,10 +179,9 @@ class Graph:
     def _candidates(
         self, labels: npt.NDArray[np.uint64], distances: npt.NDArray[np.float32], wanted: int
     ) -> list[Candidate]:
-        places = labels.astype(np.int64)
-        alive = places < len(self._live)
-        alive[alive] = self._live[places[alive]]
-        places, distances = places[alive][:wanted], distances[alive][:wanted]
+        alive = labels < len(self._live)  # before they are made signed: a label of a foreign file may be any number
+        alive[alive] = self._live[labels[alive].astype(np.int64)]
+        places, distances = labels[alive][:wanted].astype(np.int64), distances[alive][:wanted]
         shards = np.searchsorted(self._starts, places, side="right") - 1
         refs = map(RowRef, shards.tolist(), (places - self._starts[shards]).tolist())
         return list(map(Candidate, (1.0 - distances.astype(np.float64)).tolist(), refs))

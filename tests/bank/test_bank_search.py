@@ -364,3 +364,12 @@ def test_the_record_of_a_graph_says_no_path_and_no_text(indexed: Path, state: Pa
     (record,) = (state / "indexes").iterdir()
     assert set(json.loads(record.read_text())) == {"coverage"}
     assert os.environ["REGRAD_STATE"] == str(state)
+
+
+def test_labels_of_a_foreign_graph_that_are_no_live_row_are_left_out() -> None:
+    graph = index.Graph.__new__(index.Graph)
+    graph._live = np.array([True, False, True, True])
+    graph._starts = np.array([0, 3, 4])
+    labels = np.array([2**64 - 1, 3, 4, 1, 2**63, 2, 0], np.uint64)
+    found = graph._candidates(labels, np.arange(7, dtype=np.float32) / 8, 2)
+    assert [(each.ref, each.score) for each in found] == [((1, 0), 1 - 1 / 8), ((0, 2), 1 - 5 / 8)]
