@@ -56,8 +56,7 @@ def run(place: Bench, options: Options) -> Result:
         figures,
         [
             f"One record of a JSONL file a passage, of one sentence; {speeds} passages a second, all of the process.",
-            "The graph holds all embeddings and is built last, when nothing is computed any more; so the memory that "
-            "an ingest with the starter takes while it computes is more than its, up to several 100,000 passages.",
+            "The graph holds all embeddings and is built last, when nothing is computed any more.",
         ],
     )
 
