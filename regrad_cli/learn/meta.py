@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
+from regrad_cli.learn.forked import SHARED, Row, in_common, layout
 from regrad_cli.learn.gradients import IGNORED
 from regrad_cli.learn.model import Model
 from regrad_cli.learn.upper import Rows, UpperHalf
 
 Tensors = dict[str, torch.Tensor]
-LowerOf = Callable[[Sequence[int]], torch.Tensor]
+LowerOf = Callable[[Row], torch.Tensor]
 LOGITS = 48 * 49_152  # values that one operation sees at a time
 HELD_TOKENS = {"cpu": 768, "cuda": 16384, "mps": 2048}
 
@@ -75,7 +76,7 @@ class MetaGradient:
 class MetaLearner:
     """Computes meta-gradients for one model; inside `ready()`, from several threads at a time.
 
-    lower_of    the lower half's output for tokens, (L, H): `UpperHalf.lower`, or a cache of it
+    lower_of    the lower half's output for a row, (L, H): `UpperHalf.lower`, or a cache of it
     codec       tensors {name: (P, rows, cols)} → what a bank would give back for them; its own gradient is taken for 1
                 (straight through)
     """
@@ -92,6 +93,7 @@ class MetaLearner:
         self.model = model
         self.upper = UpperHalf(model, scale)
         self.lower_of: LowerOf = self.upper.lower
+        self._forks = model.reads_forked_rows
         self._first_order = first_order
         self._codec = codec
         self._held_tokens = held_tokens or HELD_TOKENS[model.device.type]
@@ -181,7 +183,7 @@ class MetaLearner:
 
     def _inner(self, passages: Sequence[Sequence[int]], prior: Tensors, *, graph: bool) -> _Inner:
         """Every passage's own gradient of the document loss at θ; with a graph, a function of θ."""
-        ids, lower = self._padded(passages)
+        ids, lower = self._padded([Row.of(passage) for passage in passages])
         labels = torch.full_like(ids, IGNORED)
         for row, passage in enumerate(passages):
             labels[row, : len(passage) - 1] = ids[row, 1 : len(passage)]
@@ -224,28 +226,45 @@ class MetaLearner:
         tensors  {name: (S, rows, cols)}; places (Q,) says which of them each question has
         """
         questions = [question for episode in episodes for question in episode.questions]
-        order = sorted(range(len(questions)), key=lambda place: len(questions[place].ids))
+        order = sorted(self._rows(questions, places), key=lambda found: len(found[0].ids))
         losses: list[torch.Tensor] = [torch.zeros(())] * len(questions)
         start = 0
         while start < len(order):  # batches of like lengths: a prompt with passages is ten times one without
-            length = len(questions[order[start]].ids)
-            batch = [place for place in order[start:] if len(questions[place].ids) <= 1.5 * length + 16]
+            length = len(order[start][0].ids)
+            batch = [found for found in order[start:] if len(found[0].ids) <= 1.5 * length + 16]
             start += len(batch)
-            ids, lower = self._padded([questions[place].ids for place in batch])
-            alike = len({places[place] for place in batch}) == 1
-            chosen = places[batch[0]] if alike else torch.tensor([places[place] for place in batch], device=ids.device)
-            rows = {name: tensor[chosen].to(lower.dtype) for name, tensor in tensors.items()}
-            outputs = self.upper.outputs(ids, lower, rows)
-            for row, place in enumerate(batch):
-                question = questions[place]
-                answer = ids[row, question.start : len(question.ids)]
-                logits = self._logits(outputs[row, question.start - 1 : len(question.ids) - 1])
-                losses[place] = F.cross_entropy(logits, answer)
+            rows = [row for row, _ in batch]
+            ids, lower = self._padded(rows)
+            owners = [places[asked[0]] for _, asked in batch]
+            chosen = owners[0] if len(set(owners)) == 1 else torch.tensor(owners, device=ids.device)
+            adapted = {name: tensor[chosen].to(lower.dtype) for name, tensor in tensors.items()}
+            outputs = self.upper.outputs(ids, lower, adapted, layout(rows, ids.shape[1], ids.device, lower.dtype))
+            for number, (row, asked) in enumerate(batch):
+                for text, place in enumerate(asked):
+                    begin = row.at(text, questions[place].start)
+                    end = row.at(text, len(questions[place].ids))
+                    logits = self._logits(outputs[number, begin - 1 : end - 1])
+                    losses[place] = F.cross_entropy(logits, ids[number, begin:end])
         return torch.stack(losses)
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rows(self, questions: Sequence[Prompted], places: Sequence[int]) -> Iterator[tuple[Row, list[int]]]:
+        """What is read for these questions, each row with the questions in it: those with the same θ′ whose prompts
+        begin alike share one, such as those of a task whose passages stand in every prompt."""
+        together: dict[int, list[int]] = {}
+        for place, owner in enumerate(places):
+            together.setdefault(owner, []).append(place)
+        for asked in together.values():
+            asked.sort(key=lambda place: questions[place].ids)  # a row is the same one whatever the order of its texts
+            last = min(questions[place].start for place in asked) - 1  # the token that the answer follows is its own
+            shared = in_common([questions[place].ids[:last] for place in asked])
+            if len(asked) > 1 and shared >= SHARED and self._forks:
+                yield Row.forked([questions[place].ids for place in asked], shared), asked
+            else:
+                yield from ((Row.of(questions[place].ids), [place]) for place in asked)
+
+    def _padded(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (N, L) and the lower half's output (N, L, H), filled up at the end."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.model.device)
+        ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(self.model.device)
         lower = pad_sequence([self.lower_of(row).to(self.model.device) for row in rows], batch_first=True)
         return ids, lower
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from regrad_cli.errors import Mismatch, ModelUnavailable, UsageProblem, unreadable_model
+from regrad_cli.learn.forked import Row, layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,6 +83,32 @@ class Model:
         with torch.no_grad():
             ours = head(body(input_ids=probe, use_cache=False).last_hidden_state)
             return torch.equal(ours, self.network(input_ids=probe, use_cache=False).logits)
+
+    @cached_property
+    def reads_forked_rows(self) -> bool:
+        """Whether texts that begin alike can be read as one row (`forked.py`).
+
+        They can where this architecture keeps to a mask and to positions that it is given, which a short probe tells,
+        and its layers see everything before them.
+        """
+        config = self.network.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if getattr(config, "sliding_window", None) or kinds - {"full_attention"} or config.vocab_size < 8:
+            return False
+        texts = [(0, 1, 2, 3, 4, 5), (0, 1, 2, 6, 7)]
+        row = Row.forked(texts, 3)
+        body, close = self.network.base_model, max(8 * torch.finfo(self.dtype).eps, 1e-5)
+
+        def states(ids: Sequence[int], **read_as: torch.Tensor) -> torch.Tensor:
+            return body(input_ids=torch.tensor([ids], device=self.device), use_cache=False, **read_as)[0][0].float()
+
+        with torch.no_grad():
+            try:
+                found = states(row.ids, **layout([row], len(row.ids), self.device, self.dtype))
+            except (RuntimeError, TypeError, ValueError):
+                return False
+            apart = torch.cat([states(texts[0]), states(texts[1])[3:]])
+        return bool((found - apart).norm() <= close * apart.norm())
 
     def token_ids(self, text: str) -> list[int]:
         """The text's tokens, without any that a chat template or a tokenizer would put around it."""

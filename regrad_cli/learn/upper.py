@@ -1,22 +1,25 @@
 """The upper half of a model by itself, from the lower half's output, which never changes. Knows no prior and no loss.
 
 Shapes: N rows of L tokens, hidden size H. Rows are filled up at their end: in a causal model nothing before the
-filling sees it, so no mask is needed.
+filling sees it, so no mask is needed but where texts share a row (`forked.py`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from regrad_cli.learn.adapt import hooked
+from regrad_cli.learn.forked import Row, layout
 from regrad_cli.learn.model import Model, Projection, attention_for_gradients, decoder_layers, first_adapted_layer
 
+NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 Rows = dict[str, torch.Tensor]  # LoRA tensors by name, one for all rows (rows, cols) or one each (N, rows, cols)
 
 
@@ -53,27 +56,33 @@ class UpperHalf:
             yield
 
     @torch.no_grad()
-    def lower(self, ids: Sequence[int]) -> torch.Tensor:
-        """What the first adapted layer reads for these tokens: (L, H), on the model's device."""
+    def lower(self, row: Row) -> torch.Tensor:
+        """What the first adapted layer reads for its tokens: (L, H), on the model's device."""
+        ids = torch.tensor([row.ids], device=self.model.device)
         self._local.given, self._local.through = None, True
         try:
-            self._body(torch.tensor([list(ids)], device=self.model.device))
+            self._body(ids, layout([row], len(row.ids), ids.device, self.model.dtype))
         except _Reached:
             return self._local.reached[0]
         finally:
             self._local.through = False
         raise AssertionError("the first adapted layer was not reached")
 
-    def outputs(self, ids: torch.Tensor, lower: torch.Tensor, tensors: Rows) -> torch.Tensor:
+    def outputs(
+        self, ids: torch.Tensor, lower: torch.Tensor, tensors: Rows, read_as: Mapping[str, torch.Tensor] = NOTHING
+    ) -> torch.Tensor:
         """Of ids (N, L), whose lower half's output (N, L, H) is given: the last hidden states (N, L, H) where the
-        model's head is plain, else the logits (N, L, V)."""
-        self._local.given, self._local.through, self._local.tensors = lower, False, tensors
-        return self._body(ids)
+        model's head is plain, else the logits (N, L, V).
 
-    def _body(self, ids: torch.Tensor) -> torch.Tensor:
+        read_as  `forked.layout` of the rows
+        """
+        self._local.given, self._local.through, self._local.tensors = lower, False, tensors
+        return self._body(ids, read_as)
+
+    def _body(self, ids: torch.Tensor, read_as: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self._plain:
-            return self.model.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return self.model.network(input_ids=ids, use_cache=False).logits
+            return self.model.network.base_model(input_ids=ids, use_cache=False, **read_as).last_hidden_state
+        return self.model.network(input_ids=ids, use_cache=False, **read_as).logits
 
     def _exchange(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the first adapted layer: takes what it would read, or gives it what is known already."""

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from regrad_cli.learn import meta
+from regrad_cli.learn.forked import Row
 from regrad_cli.learn.meta import Episode, MetaLearner, Prompted
 from regrad_cli.learn.model import Model, find_projections
 from regrad_cli.learn.prior import seeded_prior
@@ -105,20 +107,22 @@ def episodes_of(k: int) -> list[Episode]:
 @pytest.mark.parametrize("held", [10_000, 1], ids=["graph held", "graph made again"])
 @pytest.mark.parametrize("together", [True, False], ids=["one group", "one by one"])
 @pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("shared", [meta.SHARED, 2], ids=["a row a question", "questions in one row"])
 def test_meta_gradient_equals_backpropagation_through_both_levels(
-    model: Model, k: int, together: bool, held: int
+    model: Model, k: int, together: bool, held: int, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(meta, "SHARED", shared)
     theta, steps = start(model)
     episodes = episodes_of(k)
     losses, tensors, logs = by_both_levels(model, theta, steps, episodes)
 
     learner = MetaLearner(model, 2.0, held_tokens=held)
-    kept: dict[tuple[int, ...], torch.Tensor] = {}
+    kept: dict[Row, torch.Tensor] = {}
 
-    def lower_of(ids: Any) -> torch.Tensor:
-        if tuple(ids) not in kept:
-            kept[tuple(ids)] = learner.upper.lower(ids)
-        return kept[tuple(ids)]
+    def lower_of(row: Row) -> torch.Tensor:
+        if row not in kept:
+            kept[row] = learner.upper.lower(row)
+        return kept[row]
 
     learner.lower_of = lower_of
     with learner.ready():
@@ -132,6 +136,7 @@ def test_meta_gradient_equals_backpropagation_through_both_levels(
         ours = torch.stack([part.tensors[name] for part in found]).sum(dim=0)
         assert float((ours - expected).norm()) <= CLOSE * float(expected.norm()) + 1e-10, name
         assert sum(part.log_steps[name] for part in found) == pytest.approx(logs[name], rel=100 * CLOSE, abs=1e-7)
+    assert any(row.shared for row in kept) == (shared == 2 and model.reads_forked_rows)
     with learner.ready():
         plain = [sum(each) / len(each) for each in learner.losses(theta, steps, episodes)]
     assert plain == pytest.approx(losses.tolist(), rel=CLOSE)
