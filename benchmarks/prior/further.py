@@ -29,9 +29,8 @@ def further(data: Path, work: Path, reader: Path) -> tuple[Path, ...]:
     from regrad_cli.learn.model import load_model
     from regrad_cli.models import resolve_model
 
-    names = ("imagined", "nq-asked", "nq", "xquad", "swapped-nq", "swapped-xquad", "swapped-asked", "worlds")
-    files = {name: work / f"further-{name}.jsonl" for name in names}
-    if not all(file.exists() for file in files.values()):
+    own = {name: work / f"further-{name}.jsonl" for name in ("imagined", "nq-asked", "swapped-asked")}
+    if not all(file.exists() for file in own.values()):
         nq, xquad = read(data / "nq-train.jsonl"), read(data / "xquad-train.jsonl")
         folder = resolve_model("starter").path
         plain, writer, judge = (load_model(folder) for _ in range(3))
@@ -44,15 +43,24 @@ def further(data: Path, work: Path, reader: Path) -> tuple[Path, ...]:
         passages = list(imagined.generate(plain, [*nq, *xquad], aside, SEED, IMAGINED))
         rng = Random(SEED)
         more = list(asker(rng.sample(nq, ASKED)))
-        written(files["imagined"], _with_gaps(passages, asker, rng))
-        written(files["nq-asked"], more)
+        written(own["imagined"], _with_gaps(passages, asker, rng))
+        written(own["nq-asked"], more)
+        written(own["swapped-asked"], rng.sample(list(swapped.generate(more, 7, 1)), 300))
+    return (*own.values(), *drawn(data, work))
+
+
+def drawn(data: Path, work: Path) -> tuple[Path, ...]:
+    """Those of them in which the starter wrote nothing: train tasks again, with other answers too, and worlds."""
+    names = ("nq", "xquad", "swapped-nq", "swapped-xquad")
+    files = {name: work / f"further-{name}.jsonl" for name in names}
+    if not all(file.exists() for file in files.values()):
+        nq, xquad = read(data / "nq-train.jsonl"), read(data / "xquad-train.jsonl")
+        rng = Random(SEED)
         written(files["nq"], rng.sample(nq, 900))
         written(files["xquad"], xquad)
         written(files["swapped-nq"], rng.sample(list(swapped.generate(nq, 7, 1)), 600))
         written(files["swapped-xquad"], swapped.generate(xquad, 7, 2))
-        written(files["swapped-asked"], rng.sample(list(swapped.generate(more, 7, 1)), 300))
-        worlds(files["worlds"], seed=SEED, tasks=300)
-    return tuple(files.values())
+    return (*files.values(), worlds(work / "further-worlds.jsonl", seed=SEED, tasks=300))
 
 
 def _writer(data: Path, work: Path, nq: list[Task], xquad: list[Task]) -> Path:

@@ -5,19 +5,21 @@
 
 FOLDER of --data holds {nq,xquad}-{train,dev}.jsonl and covid-dev.jsonl (for its titles); everything else is generated.
 Killed, it goes on where it was. Each baseline gets the prior's tasks, steps and number of parameters, and the best of
-three learning rates.
+three learning rates; `rag` without the tasks that the starter wrote itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.prior import cloze, swapped
-from benchmarks.prior.further import further
+from benchmarks.prior.further import drawn, further
 from benchmarks.prior.legs import Task, halfway, learn, learned, metrics_file, read, stopped, validated, worlds, written
 from regrad_cli.metatrain import MetaTrainOptions
 
@@ -111,11 +113,13 @@ def recipe(data: Path, work: Path) -> Recipe:
     return Recipe(first, second, third, fourth)
 
 
-def last_leg(data: Path, work: Path, fourth: MetaTrainOptions) -> MetaTrainOptions:
+def last_leg(
+    data: Path, work: Path, fourth: MetaTrainOptions, tasks: Callable[[Path, Path], tuple[Path, ...]]
+) -> MetaTrainOptions:
     """The fifth leg (docs/experiments.md, 10): passages that nobody has seen. Makes them, where they are not there."""
     return replace(
         fourth,
-        tasks=further(data, work, reader=fourth.out),
+        tasks=tasks(data, work),
         out=work / "starter.safetensors",
         init=fourth.out,
         steps=600,
@@ -138,7 +142,7 @@ def make_prior(data: Path, work: Path) -> None:
         begun = learned(third.init)
         fourth.init.write_bytes(stopped(third, begun, THIRD_ENDS).to_bytes())
     list(learn(fourth))
-    last = last_leg(data, work, fourth)
+    last = last_leg(data, work, fourth, partial(further, reader=fourth.out))
     list(learn(last))
     prior = halfway(learned(last.out), learned(fourth.out))
     card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, last)}
@@ -149,12 +153,13 @@ def make_prior(data: Path, work: Path) -> None:
 def make_baseline(objective: str, data: Path, work: Path) -> None:
     """A baseline of as many steps on the same tasks, in two legs, with the best of the learning rates in the first.
 
-    The prior comes first: what was written for its last leg is learned from here too.
+    For `direct` the prior comes first: what was written for its last leg is learned from there too. `rag` goes without:
+    what a prior answered with the passage in its prompt was kept there, so learning from it is learning from the prior.
     """
     folder = ROOT / "benchmarks" / "baselines"
     folder.mkdir(exist_ok=True)
     legs = recipe(data, work)
-    fifth = last_leg(data, work, legs.fourth)
+    fifth = last_leg(data, work, legs.fourth, drawn if objective == "rag" else partial(further, reader=legs.fourth.out))
     own = {"objective": objective, "segments": 1, "codec": "none"}
     first = replace(legs.first, **own, out=work / f"{objective}-first.safetensors")
     last = replace(

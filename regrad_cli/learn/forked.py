@@ -12,6 +12,7 @@ from itertools import accumulate, takewhile
 import torch
 
 SHARED = 16  # tokens; fewer are not worth a row
+TEXTS = 8  # in a row at most: its attention grows with the square of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,15 @@ class Row:
     rests: tuple[int, ...]
 
     @classmethod
-    def of(cls, ids: Sequence[int]) -> Row:
-        """A row of one text."""
-        return cls(tuple(ids), 0, (len(ids),))
-
-    @classmethod
-    def forked(cls, texts: Sequence[tuple[int, ...]], shared: int) -> Row:
-        """A row of these texts, whose first `shared` tokens are the same."""
+    def of(cls, texts: Sequence[tuple[int, ...]], shared: int = 0) -> Row:
+        """A row of these texts, whose first `shared` tokens are the same; of one text, as it is."""
         rests = [text[shared:] for text in texts]
         ids = texts[0][:shared] + tuple(token for rest in rests for token in rest)
         return cls(ids, shared, tuple(map(len, rests)))
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What belongs to the row's tokens, (length of ids, …), of what belongs to each text's, (its length, …)."""
+        return torch.cat([parts[0][: self.shared], *(part[self.shared :] for part in parts)])
 
     @property
     def begins(self) -> list[int]:
@@ -60,9 +60,10 @@ def layout(rows: Sequence[Row], length: int, device: torch.device, dtype: torch.
     if all(len(row.rests) == 1 for row in rows):
         return {}
     owner = torch.full((len(rows), length), -1)  # of each token: 0 is everyone's, then the texts; filling is apart
-    positions = torch.arange(length).repeat(len(rows), 1)
+    positions = torch.zeros((len(rows), length), dtype=torch.long)  # of filling too: a model may have no further ones
     for number, row in enumerate(rows):
         owner[number, : row.shared] = 0
+        positions[number, : row.shared] = torch.arange(row.shared)
         for text, (begin, rest) in enumerate(zip(row.begins, row.rests, strict=True), 1):
             owner[number, begin : begin + rest] = text
             positions[number, begin : begin + rest] = torch.arange(row.shared, row.shared + rest)

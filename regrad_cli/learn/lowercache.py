@@ -5,33 +5,32 @@ from __future__ import annotations
 import math
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from regrad_cli.learn.forked import Row
 
 MEMORY_BYTES = 1 << 30
 
 
 class LowerCache:
-    """row → (L, H), as `compute` gives it; from several threads. The file has no name and goes with the process.
+    """tokens → (L, H), as `compute` gives it; from several threads. The file has no name and goes with the process.
 
     memory_bytes    of tensors that stay in memory
     """
 
-    def __init__(self, compute: Callable[[Row], torch.Tensor], *, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, compute: Callable[[Sequence[int]], torch.Tensor], *, memory_bytes: int = MEMORY_BYTES) -> None:
         self._compute = compute
         self._left = memory_bytes
-        self._memory: dict[Row, torch.Tensor] = {}
-        self._places: dict[Row, tuple[int, tuple[int, ...], torch.dtype]] = {}
+        self._memory: dict[tuple[int, ...], torch.Tensor] = {}
+        self._places: dict[tuple[int, ...], tuple[int, tuple[int, ...], torch.dtype]] = {}
         self._file: Any = None
         self._end = 0
         self._full = False
         self._lock = threading.Lock()
 
-    def __call__(self, key: Row) -> torch.Tensor:
+    def __call__(self, ids: Sequence[int]) -> torch.Tensor:
+        key = tuple(ids)
         if key in self._memory:
             return self._memory[key]
         with self._lock:
@@ -54,7 +53,7 @@ class LowerCache:
                 self._write(key, tensor, size)
         return tensor
 
-    def _write(self, key: Row, tensor: torch.Tensor, size: int) -> None:
+    def _write(self, key: tuple[int, ...], tensor: torch.Tensor, size: int) -> None:
         """Into the file; where that is full, nothing more is kept and everything still computed."""
         try:
             self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115

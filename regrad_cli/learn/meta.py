@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from regrad_cli.learn.forked import SHARED, Row, in_common, layout
+from regrad_cli.learn.forked import SHARED, TEXTS, Row, in_common, layout
 from regrad_cli.learn.gradients import IGNORED
 from regrad_cli.learn.model import Model
 from regrad_cli.learn.upper import Rows, UpperHalf
 
 Tensors = dict[str, torch.Tensor]
-LowerOf = Callable[[Row], torch.Tensor]
+LowerOf = Callable[[Sequence[int]], torch.Tensor]
 LOGITS = 48 * 49_152  # values that one operation sees at a time
 HELD_TOKENS = {"cpu": 768, "cuda": 16384, "mps": 2048}
 
@@ -76,7 +76,7 @@ class MetaGradient:
 class MetaLearner:
     """Computes meta-gradients for one model; inside `ready()`, from several threads at a time.
 
-    lower_of    the lower half's output for a row, (L, H): `UpperHalf.lower`, or a cache of it
+    lower_of    the lower half's output for tokens, (L, H): `UpperHalf.lower`, or a cache of it
     codec       tensors {name: (P, rows, cols)} → what a bank would give back for them; its own gradient is taken for 1
                 (straight through)
     """
@@ -183,7 +183,7 @@ class MetaLearner:
 
     def _inner(self, passages: Sequence[Sequence[int]], prior: Tensors, *, graph: bool) -> _Inner:
         """Every passage's own gradient of the document loss at θ; with a graph, a function of θ."""
-        ids, lower = self._padded([Row.of(passage) for passage in passages])
+        ids, lower = self._padded(passages)
         labels = torch.full_like(ids, IGNORED)
         for row, passage in enumerate(passages):
             labels[row, : len(passage) - 1] = ids[row, 1 : len(passage)]
@@ -234,7 +234,7 @@ class MetaLearner:
             batch = [found for found in order[start:] if len(found[0].ids) <= 1.5 * length + 16]
             start += len(batch)
             rows = [row for row, _ in batch]
-            ids, lower = self._padded(rows)
+            ids, lower = self._filled(rows, [[questions[place].ids for place in asked] for _, asked in batch])
             owners = [places[asked[0]] for _, asked in batch]
             chosen = owners[0] if len(set(owners)) == 1 else torch.tensor(owners, device=ids.device)
             adapted = {name: tensor[chosen].to(lower.dtype) for name, tensor in tensors.items()}
@@ -254,19 +254,30 @@ class MetaLearner:
         for place, owner in enumerate(places):
             together.setdefault(owner, []).append(place)
         for asked in together.values():
-            asked.sort(key=lambda place: questions[place].ids)  # a row is the same one whatever the order of its texts
-            last = min(questions[place].start for place in asked) - 1  # the token that the answer follows is its own
-            shared = in_common([questions[place].ids[:last] for place in asked])
-            if len(asked) > 1 and shared >= SHARED and self._forks:
-                yield Row.forked([questions[place].ids for place in asked], shared), asked
-            else:
-                yield from ((Row.of(questions[place].ids), [place]) for place in asked)
+            for start in range(0, len(asked), TEXTS):
+                some = asked[start : start + TEXTS]
+                last = min(questions[place].start for place in some) - 1  # the token that an answer follows is its own
+                shared = in_common([questions[place].ids[:last] for place in some])
+                if len(some) > 1 and shared >= SHARED and self._forks:
+                    yield Row.of([questions[place].ids for place in some], shared), some
+                else:
+                    yield from ((Row.of([questions[place].ids]), [place]) for place in some)
 
-    def _padded(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """ids (N, L) and the lower half's output (N, L, H), filled up at the end."""
+        return self._filled([Row.of([tuple(text)]) for text in texts], [[text] for text in texts])
+
+    def _filled(
+        self, rows: Sequence[Row], texts: Sequence[Sequence[Sequence[int]]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of rows and the texts in each, whose outputs of the lower half are kept one by one: the texts of a
+        row are other ones each time."""
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(self.model.device)
-        lower = pad_sequence([self.lower_of(row).to(self.model.device) for row in rows], batch_first=True)
-        return ids, lower
+        lower = [
+            row.joined([self.lower_of(text).to(self.model.device) for text in own])
+            for row, own in zip(rows, texts, strict=True)
+        ]
+        return ids, pad_sequence(lower, batch_first=True)
 
     def _logits(self, outputs: torch.Tensor) -> torch.Tensor:
         """(n, V) at least in fp32, from what the upper half gives."""

@@ -18,6 +18,8 @@ from torch import nn
 from regrad_cli.errors import Mismatch, ModelUnavailable, UsageProblem, unreadable_model
 from regrad_cli.learn.forked import Row, layout
 
+NEAR = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # of a layer that sees only them
+LAYERS_SEE = ("layer_types", "attention_layers")  # where a configuration says what each layer sees
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,14 +91,15 @@ class Model:
         """Whether texts that begin alike can be read as one row (`forked.py`).
 
         They can where this architecture keeps to a mask and to positions that it is given, which a short probe tells,
-        and its layers see everything before them.
+        and its layers see everything before them, which its configuration tells.
         """
         config = self.network.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if getattr(config, "sliding_window", None) or kinds - {"full_attention"} or config.vocab_size < 8:
+        near = any(getattr(config, name, None) for name in NEAR)
+        kinds = {kind for name in LAYERS_SEE for kind in getattr(config, name, None) or ()}
+        if near or kinds - {"full_attention", "global"} or config.vocab_size < 32:
             return False
-        texts = [(0, 1, 2, 3, 4, 5), (0, 1, 2, 6, 7)]
-        row = Row.forked(texts, 3)
+        texts = [tuple(range(24)), (*range(16), *range(24, 32))]
+        row = Row.of(texts, 16)
         body, close = self.network.base_model, max(8 * torch.finfo(self.dtype).eps, 1e-5)
 
         def states(ids: Sequence[int], **read_as: torch.Tensor) -> torch.Tensor:
@@ -107,7 +110,7 @@ class Model:
                 found = states(row.ids, **layout([row], len(row.ids), self.device, self.dtype))
             except (RuntimeError, TypeError, ValueError):
                 return False
-            apart = torch.cat([states(texts[0]), states(texts[1])[3:]])
+            apart = row.joined([states(text) for text in texts])
         return bool((found - apart).norm() <= close * apart.norm())
 
     def token_ids(self, text: str) -> list[int]:

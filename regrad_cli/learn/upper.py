@@ -7,7 +7,7 @@ filling sees it, so no mask is needed but where texts share a row (`forked.py`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from regrad_cli.learn.adapt import hooked
-from regrad_cli.learn.forked import Row, layout
 from regrad_cli.learn.model import Model, Projection, attention_for_gradients, decoder_layers, first_adapted_layer
 
 NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -56,12 +55,11 @@ class UpperHalf:
             yield
 
     @torch.no_grad()
-    def lower(self, row: Row) -> torch.Tensor:
-        """What the first adapted layer reads for its tokens: (L, H), on the model's device."""
-        ids = torch.tensor([row.ids], device=self.model.device)
+    def lower(self, ids: Sequence[int]) -> torch.Tensor:
+        """What the first adapted layer reads for these tokens: (L, H), on the model's device."""
         self._local.given, self._local.through = None, True
         try:
-            self._body(ids, layout([row], len(row.ids), ids.device, self.model.dtype))
+            self._body(torch.tensor([list(ids)], device=self.model.device), NOTHING)
         except _Reached:
             return self._local.reached[0]
         finally:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from regrad_cli.learn import meta
-from regrad_cli.learn.forked import Row
+from regrad_cli.learn.forked import Row, layout
 from regrad_cli.learn.meta import Episode, MetaLearner, Prompted
 from regrad_cli.learn.model import Model, find_projections
 from regrad_cli.learn.prior import seeded_prior
@@ -117,12 +117,19 @@ def test_meta_gradient_equals_backpropagation_through_both_levels(
     losses, tensors, logs = by_both_levels(model, theta, steps, episodes)
 
     learner = MetaLearner(model, 2.0, held_tokens=held)
-    kept: dict[Row, torch.Tensor] = {}
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+    rows: list[Row] = []
 
-    def lower_of(row: Row) -> torch.Tensor:
-        if row not in kept:
-            kept[row] = learner.upper.lower(row)
-        return kept[row]
+    def lower_of(ids: Any) -> torch.Tensor:
+        if tuple(ids) not in kept:
+            kept[tuple(ids)] = learner.upper.lower(ids)
+        return kept[tuple(ids)]
+
+    def seen(found: Sequence[Row], *given: Any) -> Any:
+        rows.extend(found)
+        return layout(found, *given)
+
+    monkeypatch.setattr(meta, "layout", seen)
 
     learner.lower_of = lower_of
     with learner.ready():
@@ -136,7 +143,7 @@ def test_meta_gradient_equals_backpropagation_through_both_levels(
         ours = torch.stack([part.tensors[name] for part in found]).sum(dim=0)
         assert float((ours - expected).norm()) <= CLOSE * float(expected.norm()) + 1e-10, name
         assert sum(part.log_steps[name] for part in found) == pytest.approx(logs[name], rel=100 * CLOSE, abs=1e-7)
-    assert any(row.shared for row in kept) == (shared == 2 and model.reads_forked_rows)
+    assert any(row.shared for row in rows) == (shared == 2 and model.reads_forked_rows)
     with learner.ready():
         plain = [sum(each) / len(each) for each in learner.losses(theta, steps, episodes)]
     assert plain == pytest.approx(losses.tolist(), rel=CLOSE)

@@ -37,7 +37,7 @@ def test_the_upper_half_gives_what_the_whole_adapted_model_gives(family: Callabl
     upper = UpperHalf(model, prior.scale)
     passages = random_passages(model, LENGTHS)
     with upper.ready():
-        ours = [logits(model, upper, ids, upper.lower(Row.of(ids)), prior) for ids in passages]
+        ours = [logits(model, upper, ids, upper.lower(ids), prior) for ids in passages]
     with torch.no_grad(), adapted(model, prior):
         whole = [model.network(input_ids=torch.tensor([ids])).logits[0] for ids in passages]
         plain = torch.stack([found.abs().max() for found in whole])
@@ -72,7 +72,7 @@ def test_the_lower_half_runs_once_and_the_upper_half_runs_none_of_it(
     (ids,) = random_passages(model, (6,))
     try:
         with upper.ready():
-            lower = upper.lower(Row.of(ids))
+            lower = upper.lower(ids)
             assert [calls[place] for place in calls] == [1] * first + [0] * (len(layers) - first)
             logits(model, upper, ids, lower, prior)
             logits(model, upper, ids, lower, prior)
@@ -86,11 +86,11 @@ def test_rows_filled_up_at_their_end_are_what_they_are_alone(model: Model, prior
     upper = UpperHalf(model, prior.scale)
     passages = random_passages(model, LENGTHS)
     with upper.ready(), torch.no_grad():
-        lower = torch.nn.utils.rnn.pad_sequence([upper.lower(Row.of(ids)) for ids in passages], batch_first=True)
+        lower = torch.nn.utils.rnn.pad_sequence([upper.lower(ids) for ids in passages], batch_first=True)
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(each) for each in passages], batch_first=True)
         together = upper.outputs(ids, lower, prior.tensors)
         for row, passage in enumerate(passages):
-            alone = upper.outputs(torch.tensor([passage]), upper.lower(Row.of(passage))[None], prior.tensors)[0]
+            alone = upper.outputs(torch.tensor([passage]), upper.lower(passage)[None], prior.tensors)[0]
             assert torch.allclose(together[row, : len(passage)], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -103,18 +103,19 @@ def test_texts_that_begin_alike_give_in_one_row_what_each_gives_by_itself(
     upper = UpperHalf(model, prior.scale)
     begin, *ends = random_passages(model, (9, 4, 1, 6))
     texts = [(*begin, *end) for end in ends]
-    rows = [Row.forked(texts, in_common(texts)), Row.of(texts[1])]
+    rows = [Row.of(texts, in_common(texts)), Row.of([texts[1]])]
     if name == "gemma2":  # its layers see in turns everything and what is near
         assert not model.reads_forked_rows
         return
     assert model.reads_forked_rows
     with upper.ready(), torch.no_grad():
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
-        lower = torch.nn.utils.rnn.pad_sequence([upper.lower(row) for row in rows], batch_first=True)
+        each = [upper.lower(text) for text in texts]
+        lower = torch.nn.utils.rnn.pad_sequence([rows[0].joined(each), each[1]], batch_first=True)
         read_as = layout(rows, ids.shape[1], ids.device, lower.dtype)
         together = upper.outputs(ids, lower, prior.tensors, read_as)
         for number, text in enumerate(texts):
-            alone = upper.outputs(torch.tensor([text]), upper.lower(Row.of(text))[None], prior.tensors)[0]
+            alone = upper.outputs(torch.tensor([text]), upper.lower(text)[None], prior.tensors)[0]
             first, end = rows[0].at(number, len(begin)), rows[0].at(number, len(text))
             assert torch.allclose(together[0, first:end], alone[len(begin) :], rtol=1e-4, atol=1e-5)
             if number == 1:
@@ -138,7 +139,7 @@ def test_each_row_may_have_tensors_of_its_own(model: Model, prior: Prior) -> Non
     (ids,) = random_passages(model, (9,))
     both = {name: torch.stack([prior.tensors[name], other.tensors[name]]) for name in prior.tensors}
     with upper.ready(), torch.no_grad():
-        lower = upper.lower(Row.of(ids))
+        lower = upper.lower(ids)
         together = upper.outputs(torch.tensor([ids, ids]), torch.stack([lower, lower]), both)
         for row, one in enumerate((prior, other)):
             alone = upper.outputs(torch.tensor([ids]), lower[None], one.tensors)[0]
@@ -158,7 +159,7 @@ def test_the_model_is_its_own_again_however_the_block_is_left(family: Callable[[
         usual = model.network(input_ids=torch.tensor([ids])).logits
     upper = UpperHalf(model, 2.0)
     with pytest.raises(Left), upper.ready():
-        upper.lower(Row.of(ids))
+        upper.lower(ids)
         raise Left
     with torch.no_grad():
         assert torch.equal(model.network(input_ids=torch.tensor([ids])).logits, usual)
@@ -175,10 +176,10 @@ def numbered(ids: Any) -> torch.Tensor:
     return torch.tensor(list(ids), dtype=torch.float32)[:, None].expand(-1, 4).to(torch.bfloat16).clone()
 
 
-def counting(calls: list[tuple[int, ...]]) -> Callable[[Row], torch.Tensor]:
-    def compute(row: Row) -> torch.Tensor:
-        calls.append(row.ids)
-        return numbered(row.ids)
+def counting(calls: list[tuple[int, ...]]) -> Callable[[Any], torch.Tensor]:
+    def compute(ids: Any) -> torch.Tensor:
+        calls.append(tuple(ids))
+        return numbered(ids)
 
     return compute
 
@@ -190,7 +191,7 @@ def test_what_was_computed_once_comes_back_bit_for_bit(memory: int) -> None:
     texts = [tuple(range(start, start + start % 7 + 1)) for start in range(40)]
     for _ in range(3):
         for text in texts:
-            found = cache(Row.of(list(text)))
+            found = cache(list(text))
             assert torch.equal(found, numbered(text)) and found.dtype == torch.bfloat16
     assert calls == texts
     assert sum(t.numel() * 2 for t in cache._memory.values()) <= memory
@@ -208,22 +209,20 @@ def test_from_several_threads_everything_comes_back_right_and_is_kept_once() -> 
 
     def work(turn: int) -> bool:
         barrier.wait()
-        return all(
-            torch.equal(cache(Row.of(text)), numbered(text)) for text in texts[turn:] + texts[:turn] for _ in range(3)
-        )
+        return all(torch.equal(cache(text), numbered(text)) for text in texts[turn:] + texts[:turn] for _ in range(3))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, (0, 0, 20, 40)))
     kept = sum(tensor.numel() * 2 for tensor in cache._memory.values())
     assert cache._left == memory - kept >= 0
     assert not set(cache._memory) & set(cache._places)
-    assert cache._end == sum(8 * len(row.ids) for row in cache._places)
+    assert cache._end == sum(8 * len(text) for text in cache._places)
     before = len(calls)
     assert work_alone(cache, texts) and len(calls) == before
 
 
 def work_alone(cache: LowerCache, texts: list[tuple[int, ...]]) -> bool:
-    return all(torch.equal(cache(Row.of(text)), numbered(text)) for text in texts)
+    return all(torch.equal(cache(text), numbered(text)) for text in texts)
 
 
 @pytest.mark.parametrize("kind", ["at once", "after a few", "in the middle of one"])
