@@ -69,7 +69,7 @@ def export(
         base_model = base_model_name(model or settings.model_name, folder)
         projections = projections_of(folder)
         files = adapter_files(adaptation.prior, adaptation.change(), projections, base_model, dtype)
-    rank = next(iter(adaptation.prior.tensors.values())).shape[0]
+    rank = adaptation.prior.rank
     if rank > VLLM_RANKS[0]:
         needed = next((most for most in VLLM_RANKS if most >= rank), None)
         way = "PEFT loads it, vLLM cannot" if needed is None else f"start vLLM with --max-lora-rank {needed}"

@@ -80,7 +80,7 @@ class _Run:
         self.identity = fingerprint(folder.path)
         self.embedder: str | None = None  # the fingerprint of what found the strangers
         self.init = None if options.init is None else self._init_bytes(options.init)
-        self.begun = None if self.init is None else self._begun(self.init, str(options.init))
+        self.begun = None if self.init is None else self._begun(self.init, options)
         self.options = options.settled({} if self.begun is None else self.begun.card)
         self.data = {"data": _data(options.tasks), "dev": _data(options.dev)}
         self.settings = self._settings()
@@ -104,12 +104,15 @@ class _Run:
         except OSError as error:
             raise UsageProblem(f"the prior {init} cannot be read: {error.strerror}") from None
 
-    def _begun(self, data: bytes, name: str) -> Prior:
+    def _begun(self, data: bytes, options: MetaTrainOptions) -> Prior:
         from regrad_cli.learn.prior import Prior
 
+        name = str(options.init)
         prior = Prior.from_bytes(data, name)
         if prior.card.get("model") != self.identity.model:
             raise Mismatch(f"the prior {name} is of another model than {self.folder.name}", "use a prior of this model")
+        if options.rank not in (None, prior.rank):
+            raise UsageProblem(f"the prior {name} has rank {prior.rank}, not {options.rank}", "leave --rank out")
         return prior
 
     def _settings(self) -> dict[str, Any]:
@@ -161,6 +164,7 @@ class _Run:
 
         options = self.options
         if self.begun is None:
+            assert options.rank is not None  # settled
             seeded = seeded_prior(model, self.identity.model, rank=options.rank, seed=options.seed)
             if options.objective != "regrad" or not search:
                 return seeded
@@ -347,7 +351,7 @@ class _Run:
         losses = last_losses(self.files.entries, step)
         if self.options.step_rate == 0 or self.options.objective != "regrad":
             logs = start.log_step_sizes  # in all their digits
-        card = self._card(model, step, training.steps, losses, next(iter(theta.values())).shape[0])
+        card = self._card(model, step, training.steps, losses, start.rank)
         self.files.finish(replace(start, tensors=theta, log_step_sizes=logs, card=card).to_bytes())
         skipped = tuple(dict.fromkeys(self.skipped))
         return Trained(str(self.options.out), training.step, step, losses, len(self.tasks), skipped, self.before_s)

@@ -21,7 +21,7 @@ from regrad_cli.errors import Mismatch, UsageProblem
 from regrad_cli.evidence import Asked, Evidence, OwnGradients, derangement, found_evidence, own_passages
 from regrad_cli.fingerprints import Fingerprint, fingerprint
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
-from regrad_cli.priors import AUTO, chosen_codec, prior_for
+from regrad_cli.priors import AUTO, chosen_codec, prior_for, refuse_baseline
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.tasks import Task
 
@@ -121,7 +121,7 @@ class Bench:
             if self.uses_prior and not self.prior.trained:
                 yield Notice("the prior is untrained: gradients of passages are not yet knowledge")
         if self.uses_prior:
-            self._check_prior()
+            refuse_baseline(self.prior)
         if options.drift:
             yield from narrated(partial(resolve_embedder, options.embedder), [])
         yield from self._gather()
@@ -156,6 +156,12 @@ class Bench:
                 raise UsageProblem(f"mode {mode} needs a baseline of objective {OBJECTIVES[mode]}", BASELINE_HINT)
             elif self.options.modes:
                 raise UsageProblem(f"this bank keeps no text, so mode {mode} has nothing to show", "leave it out")
+        for mode, objective in OBJECTIVES.items():
+            if self.options.modes and objective in self.tuned and mode not in self.options.modes:
+                raise UsageProblem(
+                    f"a baseline of objective {objective} is given, and no mode takes it",
+                    f"add {mode} to --modes, or leave the --baseline out",
+                )
 
     @property
     def uses_prior(self) -> bool:
@@ -185,14 +191,6 @@ class Bench:
                 "leave --prior out, or make a bank with this prior",
             )
         return own
-
-    def _check_prior(self) -> None:
-        objective = self.prior.card.get("objective", "regrad")
-        if objective != "regrad":
-            raise UsageProblem(
-                f"the prior '{self.prior.card['name']}' was tuned for {objective}, not to take gradients",
-                "give it with --baseline instead of --prior",
-            )
 
     @cached_property
     def codec(self) -> Codec | None:
@@ -287,13 +285,12 @@ class Bench:
         from regrad_cli.learn.prior import seeded_prior
 
         options, prior = self.options, self.prior
-        rank = next(iter(prior.tensors.values())).shape[0]
         passages = [(one.task.title, text) for one in self.asked for text in one.task.passages]
         return Growth(
             model=self.model,
             model_folder=self.folder.path,
             prior=prior,
-            fresh=seeded_prior(self.model, self.identity.model, rank=rank, seed=options.seed),
+            fresh=seeded_prior(self.model, self.identity.model, rank=prior.rank, seed=options.seed),
             asked=tuple(self.asked),
             passages=tuple(dict.fromkeys([*passages, *self.corpus])),
             sizes=tuple(sorted(set(options.drift))),

@@ -40,7 +40,8 @@ def new_settings(
     own that comes with regrad, else a seeded start that has learned nothing.
 
     codec   "auto" for the one that the prior was learned through
-    raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior
+    raises  Mismatch where the prior was trained for another model; Damaged where the file is no prior; UsageProblem
+            where it is a fine-tuned baseline
     """
     from regrad_cli.embed import load_embedder
     from regrad_cli.learn.codec import parse_codec
@@ -51,6 +52,7 @@ def new_settings(
     _refuse_too_long(model, chunk_tokens)
     identity = fingerprint(model.path)
     prior = prior_for(model, identity, prior_file, seed=seed)
+    refuse_baseline(prior)
     codec_settings = parse_codec(chosen_codec(prior, codec))
     dimension = load_embedder(embedder.path, device="cpu").dimension
     fields, data = _fields_of(prior, codec_settings, dimension)
@@ -91,7 +93,7 @@ def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettin
 
     prior_file  "shipped" for the one that comes with regrad for the bank's model
     raises      Mismatch where the prior was trained for another model; Damaged where the file is no prior;
-                UsageProblem where there is none
+                UsageProblem where there is none, or a fine-tuned baseline
     """
     from regrad_cli.learn.codec import parse_codec
     from regrad_cli.learn.prior import Prior
@@ -104,6 +106,7 @@ def settings_under(settings: BankSettings, prior_file: Path) -> tuple[BankSettin
         prior = Prior.from_bytes(shipped, "the prior that comes with regrad")
     else:
         prior = _read_prior(prior_file, settings.model_name, settings.model)
+    refuse_baseline(prior)
     codec = settings.codec if prior.codec is None else parse_codec(prior.codec)
     fields, data = _fields_of(prior, codec, settings.embedding_dim)
     return replace(settings, codec=codec, **fields), data
@@ -173,6 +176,16 @@ def prior_for(model: ModelFolder, identity: Fingerprint, file: Path | None, *, s
     # In fp32 on the CPU whatever will compute later, so that one seed is one prior on every machine.
     loaded = load_model(model.path, device="cpu", dtype="fp32")
     return with_found_step_size(loaded, seeded_prior(loaded, identity.model, seed=seed))
+
+
+def refuse_baseline(prior: Prior) -> None:
+    """raises UsageProblem where it was tuned for something else than to take gradients"""
+    objective = prior.card.get("objective", "regrad")
+    if objective != "regrad":
+        raise UsageProblem(
+            f"the prior '{prior.card['name']}' was tuned for {objective}, not to take gradients",
+            "it is a baseline for `regrad eval --baseline`; --prior takes what `regrad meta-train` learns unasked",
+        )
 
 
 def _refuse_too_long(model: ModelFolder, chunk_tokens: int) -> None:

@@ -19,6 +19,7 @@ from regrad_cli.errors import UsageProblem
 MODES = ("regrad", "both", "rag", "direct")
 SEARCHES = ("auto", "fused", "dense", "lexical")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
+MOST = 1_000_000_000  # of a whole number: what is more was meant as "all", or is a slip
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -88,6 +89,8 @@ class Setting:
             raise wrong from None
         if not is_finite or (self.minimum is not None and number < self.minimum):
             raise wrong
+        if kind is int and number > MOST:
+            raise UsageProblem(f"{where}: {self.name} is at most {MOST:,}, not '{value}'")
         return number
 
 

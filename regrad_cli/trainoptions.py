@@ -16,6 +16,7 @@ from regrad_cli.errors import UsageProblem
 from regrad_cli.segments import SEGMENT_TEMPERATURE
 from regrad_cli.tasks import Task
 
+RANK = 8
 SEGMENTS = 1
 EXACT = "none"  # in a codec's place
 TEMPERATURE = 0.05
@@ -30,6 +31,7 @@ class MetaTrainOptions:
     dev             task files to validate on and choose the best by; none: the last step's prior is the result
     init            a prior to begin with, or "shipped"; None: a seeded start
     learning_rate   of θ; step_rate: of log α
+    rank            of θ; None: that of `init`, RANK without it
     segments        a passage is cut into at most so many, each with a gradient of its own and weighed by the question
     temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
     segment_temperature  the same for what a passage's weight is shared by among its segments
@@ -51,7 +53,7 @@ class MetaTrainOptions:
     batch: int = 4
     learning_rate: float = 1e-3
     step_rate: float = 1e-2
-    rank: int = 8
+    rank: int | None = None
     mix_context: float = 0.25
     strangers: float = 0.4
     k: int = 3
@@ -82,6 +84,7 @@ class MetaTrainOptions:
         temperature = card.get("temperature", TEMPERATURE)
         return replace(
             self,
+            rank=self.rank or card.get("rank", RANK),
             codec=codec if codec != EXACT and self.objective == "regrad" else None,
             segments=self.segments or segments,
             temperature=self.temperature or temperature,
@@ -111,6 +114,11 @@ def refuse(options: MetaTrainOptions) -> None:
     if not (options.step_rate >= 0 and math.isfinite(options.step_rate)):
         raise UsageProblem("--step-lr must not be below 0")
     if options.codec is not None and options.codec != EXACT:
+        if options.objective != "regrad":
+            raise UsageProblem(
+                f"objective {options.objective} has no gradients of passages, so none go through a codec",
+                "leave --codec out",
+            )
         from regrad_cli.learn.codec import parse_codec
 
         parse_codec(options.codec)

@@ -190,7 +190,7 @@ class FakeSnapshot:
 def answer_of(question: str, text: str, mode: str = "regrad", passages: tuple[Used, ...] = ()) -> Answer:
     seconds = dict.fromkeys(("load", "retrieve", "adapt", "generate", "restore", "total"), 0.1)
     tokens = {"prompt": 9, "answer": 3}
-    return Answer(question, text, mode, True, passages, tokens, seconds, "starter", "seeded", "/b/.gbank")
+    return Answer(question, text, mode, bool(passages), passages, tokens, seconds, "starter", "seeded", "/b/.gbank")
 
 
 class Fakes:

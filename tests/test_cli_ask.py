@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from faketerminal import HOSTILE_NAME, HOSTILE_TEXT, OBEYED, Fakes, call, passage
+from faketerminal import HOSTILE_NAME, HOSTILE_TEXT, OBEYED, Fakes, call, passage, terminal
 
+from regrad_cli.cli.app import run
 from regrad_cli.errors import Damaged, NoBank, UsageProblem
 from regrad_cli.records import Hit, Piece, RowRef, Used
 
@@ -37,6 +38,21 @@ def test_on_a_terminal_the_sources_stand_below_the_answer(fakes):
 def test_an_answer_without_passages_says_so_on_a_terminal(fakes):
     fakes.used = ()
     assert "answered by itself" in call("ask", "How much?", tty=True).out
+
+
+def test_what_is_said_of_a_streamed_answer_stands_on_a_line_of_its_own(fakes):
+    fakes.used = ()
+    streams = terminal(b"", tty=True, environ={"NO_COLOR": "1"})
+    streams.stderr = streams.stdout
+    assert run(["ask", "How much?"], streams) == 0
+    assert "Forty-two\nnothing in the bank fits" in streams.stdout.getvalue()
+
+
+@pytest.mark.parametrize("question", ["", " ", "\udcff"])
+@pytest.mark.parametrize("command", ["ask", "query"])
+def test_what_is_no_question_is_a_wrong_command_line(fakes, command, question):
+    assert call(command, question).code == 2
+    assert not fakes.asked
 
 
 def test_json_has_the_names_that_others_rely_on(fakes):

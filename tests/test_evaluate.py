@@ -420,6 +420,8 @@ def test_tuned_modes_are_there_where_their_baseline_is(
     assert found.result.settings["baselines"]["direct"]["name"] == "tuned for direct"
     with pytest.raises(UsageProblem, match="rag-tuned needs a baseline"):
         run(files, tiny_model_folder, baselines=baselines[:1], modes=("rag-tuned",))
+    with pytest.raises(UsageProblem, match="no mode takes it"):
+        run(files, tiny_model_folder, baselines=baselines[:1], modes=("direct",))
 
 
 def test_what_is_no_baseline_is_refused(

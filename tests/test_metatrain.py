@@ -315,6 +315,17 @@ def test_a_run_learns(tmp_path: Path, tiny_model_folder: Path) -> None:
     assert last.best and last.losses["own"] < first.losses["own"] - 0.3
 
 
+def test_what_the_prior_to_begin_with_decides_is_not_to_be_given_otherwise(plain: MetaTrainOptions) -> None:
+    run(plain)
+    begin = plain.out.rename(plain.out.with_name("begin.safetensors"))
+    with pytest.raises(UsageProblem, match="has rank 2, not 3"):
+        run(replace(plain, init=begin, rank=3))
+    run(replace(plain, init=begin, rank=None))
+    assert prior_of(plain).rank == 2
+    with pytest.raises(UsageProblem, match="no gradients of passages"):
+        run(replace(plain, objective="rag", codec="int8", out=plain.out.with_name("other.safetensors")))
+
+
 @pytest.mark.parametrize("objective", ["direct", "rag"])
 def test_a_baseline_needs_no_gradient_of_a_passage_and_leaves_the_step_sizes_alone(
     usual: MetaTrainOptions, monkeypatch: Any, objective: str
@@ -439,7 +450,7 @@ def test_a_prior_is_a_start_for_its_own_model_only(plain: MetaTrainOptions, tmp_
     run(plain)
     begin = plain.out.rename(tmp_path / "begin.safetensors")
     first = Prior.from_bytes(begin.read_bytes())
-    again = replace(plain, init=begin, learning_rate=1e-9, step_rate=0.0, rank=8)
+    again = replace(plain, init=begin, learning_rate=1e-9, step_rate=0.0, rank=None)
     last = trained(again)
     found = prior_of(again)
     for name, tensor in found.tensors.items():

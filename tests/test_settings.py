@@ -46,6 +46,7 @@ def test_variables_are_read_as_their_settings_type():
     ("name", "value", "says"),
     [
         ("k", "0", "at least 1"),
+        ("k", "9" * 23, "at most 1,000,000,000"),
         ("k", "many", "whole number"),
         ("k", "2.5", "whole number"),
         ("gamma", "nan", "a number"),

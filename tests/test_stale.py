@@ -24,6 +24,8 @@ from use_cases import answered, counted, files, ingest, rows, sources, story, wr
 from regrad_cli.answer import Answerer
 from regrad_cli.bank import layout, log, open_bank, remove_documents, write_bank
 from regrad_cli.errors import Damaged, Locked, Mismatch, NonFinite, PriorMismatch, UsageProblem
+from regrad_cli.ingest import initialise
+from regrad_cli.learn.prior import Prior
 from regrad_cli.move import MoveOptions, move
 from regrad_cli.records import IngestSummary, Notice, Passage, Progress, document_id, row_key
 
@@ -460,6 +462,21 @@ def test_a_file_that_is_no_prior_is_refused(bank: Path, tmp_path: Path, priors: 
     with pytest.raises(UsageProblem if broken is None else Damaged, match=r"broken\.safetensors"):
         moved(bank, file)
     assert unchanged(bank, before)
+
+
+def test_a_fine_tuned_baseline_is_no_prior_of_a_bank(
+    bank: Path, tmp_path: Path, priors: dict[str, Path], tiny_model_folder: Path
+) -> None:
+    tuned = Prior.from_bytes(priors[SECOND].read_bytes())
+    file = tmp_path / "tuned.safetensors"
+    file.write_bytes(replace(tuned, card=tuned.card | {"objective": "direct"}).to_bytes())
+    before = files(bank)
+    with pytest.raises(UsageProblem, match="tuned for direct") as told:
+        moved(bank, file)
+    assert "--baseline" in told.value.hint and unchanged(bank, before)
+    with pytest.raises(UsageProblem, match="tuned for direct"):
+        list(initialise(tmp_path / "new", model=str(tiny_model_folder), prior=file))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_prior_of_the_move_is_told_with_the_way_out(

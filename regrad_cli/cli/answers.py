@@ -25,9 +25,9 @@ def show_answer(call: Call, events: Iterator[Any], *, stream: bool, sources: boo
                     streamed = True  # said first: Ctrl-C may come inside the writing
                     terminal.piece(event.text)
                 elif isinstance(event, Answer):
-                    warn(call, event)
                     if streamed:
                         terminal.end_pieces()
+                    warn(call, event)
                     views.answer(terminal, event, streamed=streamed, one_line=not stream, sources=sources)
                     streamed = False
                     if not terminal.json:

@@ -60,7 +60,10 @@ def meta_train(
     step_rate: Annotated[
         float, typer.Option("--step-lr", metavar="R", min=0, help="Learning rate of the log step sizes.")
     ] = 1e-2,
-    rank: Annotated[int, typer.Option("--rank", metavar="N", min=1, help="Rank of the adapted tensors.")] = 8,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="N", min=1, help="Rank of the adapted tensors; 8, or --init's, if not set."),
+    ] = None,
     mix_context: Annotated[
         float,
         typer.Option("--mix-context", metavar="P", help="Share of tasks of which a question also sees the passages."),

@@ -264,7 +264,11 @@ def stated(text: str) -> str:
     raises  UsageProblem where there is none in it
     """
     if not text.strip():
-        raise UsageProblem("the question is empty", 'ask with words: regrad ask "What is …?"')
+        raise UsageProblem("the question is empty", 'ask with words: "What is …?"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the shell's bytes, as Python escapes them
+        raise UsageProblem("the question is not UTF-8", "write it in UTF-8") from None
     return text
 
 

@@ -59,6 +59,11 @@ class Prior:
         return 2.0
 
     @property
+    def rank(self) -> int:
+        """Of its LoRA: `lora_A` is (rank, inputs)."""
+        return next(len(tensor) for name, tensor in self.tensors.items() if name.endswith("lora_A"))
+
+    @property
     def trained(self) -> bool:
         return bool(self.card["trained"])
 

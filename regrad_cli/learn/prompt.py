@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from regrad_cli.errors import NonFinite
 from regrad_cli.learn.model import Model, last
 
 INSTRUCTION = "Answer the question in a few words."
@@ -80,6 +81,11 @@ def next_tokens(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int)
             logits_to_keep=last(step),
             **placed,
         )
+        if cache is None and bool(output.logits[:, -1].isnan().any()):
+            raise NonFinite(
+                "the model answers with what is no number: with the gradients, its weights are too large",
+                "use a smaller --gamma",
+            )
         step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
         yield step[: len(prompts), 0].tolist()
         first, cache = cache is None, output.past_key_values

@@ -9,7 +9,7 @@ import torch
 from learn.conftest import FAMILIES, filled_prior, random_passages
 from transformers.cache_utils import DynamicLayer
 
-from regrad_cli.errors import PriorMismatch
+from regrad_cli.errors import NonFinite, PriorMismatch
 from regrad_cli.learn import generate
 from regrad_cli.learn import prompt as prompt_module
 from regrad_cli.learn.adapt import Tensors, adapted
@@ -48,6 +48,13 @@ def test_batched_greedy_equals_one_by_one(family: Callable[[str], Model], name: 
     alone = [list(greedy(model, prompt, 12)) for prompt in prompts]
     assert greedy_batch(model, prompts, 12) == alone
     assert len(set(map(tuple, alone))) > 1
+
+
+def test_what_is_no_number_is_no_answer(model: Model) -> None:
+    prior = noisy_prior(model)
+    (change,) = changes_of(prior, 1, strength=1e30)
+    with pytest.raises(NonFinite), adapted(model, prior, change):
+        list(greedy(model, [5, 6, 7], 3))
 
 
 def test_a_row_that_has_ended_stays_ended(family: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch) -> None:
