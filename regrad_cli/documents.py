@@ -19,6 +19,7 @@ from regrad_cli.readers import READERS, BadRecord, Fields, Record, hint_for, kin
 from regrad_cli.records import Document, Skipped, sha256_hex
 
 MAX_BYTES = 50_000_000
+STDIN = "stdin#"  # how every source of standard input begins
 AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # never wait for a pipe's writer
 SPECIAL = (
     (stat.S_ISFIFO, "a pipe, not a file: send it to standard input, and name - instead"),

@@ -284,6 +284,39 @@ def test_prune_does_not_take_a_path_that_is_not_there_for_an_empty_one(bank: Pat
     assert len(sources(bank)) == 3
 
 
+def test_prune_does_not_take_a_name_that_begins_like_a_path_for_a_record_of_it(bank: Path) -> None:
+    texts = {name: story(name) for name in ("C/intro.md", "C#/intro.md", "notes.md", "notes.md#old.md")}
+    langs = write(bank.parent / "langs", texts)
+    ingest(bank, langs)
+    (langs / "C#" / "intro.md").unlink()
+    assert ingest(bank, langs / "C", langs / "notes.md", prune=True).removed == 0
+    assert len(sources(bank)) == 4
+    assert ingest(bank, langs, prune=True).removed == 1
+
+
+def test_prune_keeps_what_was_named_once_and_is_left_out_now_as_long_as_its_file_is_there(bank: Path) -> None:
+    texts = {".hid.md": story("a"), "caf\udce9.tmp": story("b"), "x.tmp": story("c"), ".gitignore": "*.tmp\n.*.jsonl\n"}
+    texts[".data.jsonl"] = jsonl(("one", "The first record tells of the harbour."))
+    folder = write(bank.parent / "ig", {**texts, "seen.md": story("d")})
+    left_out = [folder / name for name in texts if name != ".gitignore"]
+    ingest(bank, folder, *left_out)
+    before = rows(bank)
+    assert {"ig/.data.jsonl#one", "ig/caf\\xe9.tmp"} < sources(bank)
+    assert (ingest(bank, folder, prune=True).removed, rows(bank)) == (0, before)
+    for path in left_out:
+        path.unlink()
+    assert ingest(bank, folder, prune=True).removed == 4
+    assert sources(bank) == {"ig/seen.md"}
+
+
+def test_a_file_whose_place_a_folder_took_goes_with_prune(bank: Path, docs: Path) -> None:
+    ingest(bank, docs)
+    (docs / "Skerry.md").unlink()
+    write(docs, {"Skerry.md/part.md": story("part")})
+    assert ingest(bank, docs, prune=True).removed == 1
+    assert sources(bank) == {"docs/Brannoch.md", "docs/Velmora.md", "docs/Skerry.md/part.md"}
+
+
 def test_a_record_removed_from_a_jsonl_goes_with_prune(bank: Path) -> None:
     data = bank.parent / "data.jsonl"
     data.write_text(jsonl(("one", "The first record tells of the harbour."), ("two", "The second tells of the bell.")))
