@@ -30,6 +30,7 @@ from regrad_cli.records import (
     BankSettings,
     Document,
     DocumentDone,
+    DocumentGone,
     IngestSummary,
     Notice,
     Passage,
@@ -42,7 +43,7 @@ from regrad_cli.records import (
 LOOK_AHEAD_PASSAGES = 20_000  # planned before computing begins, so that the time left is known (some 30 MB of text)
 TRIAL_PASSAGES = 8  # computed by --dry-run to estimate the time
 
-Event = Notice | Progress | DocumentDone | Skipped | IngestSummary
+Event = Notice | Progress | DocumentDone | DocumentGone | Skipped | IngestSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +144,12 @@ def ingest(bank: Path, options: IngestOptions) -> Iterator[Event]:
 
 @dataclass
 class _Batch:
-    """What one commit adds and removes, and the documents that are complete with it."""
+    """What one commit adds and removes, and the documents that are complete, or gone, with it."""
 
     rows: list[tuple[Passage, bytes]] = field(default_factory=list)
     removals: list[RowRef] = field(default_factory=list)
     finished: list[DocumentDone] = field(default_factory=list)
+    gone: list[DocumentGone] = field(default_factory=list)
 
     @property
     def changes(self) -> bool:
@@ -201,6 +203,7 @@ class _Run:
                 for document in batch.finished:
                     bad = self.bad[document.id]
                     yield replace(document, passages=document.passages - bad, added=document.added - bad)
+                yield from batch.gone
         if self.writer is not None:
             self.writer.finish()
 
@@ -260,7 +263,9 @@ class _Run:
             self.unchanged += count - added
             self.replaced += bool(have)
         if self.options.prune:
-            batch.removals += self._pruned()
+            batch.gone += self._gone()
+            batch.removals += [ref for document in batch.gone for ref in self.held.refs(document.id)]
+            self.removed = len(batch.gone)
         yield batch
 
     def _inputs(self) -> Iterator[Document | Skipped]:
@@ -284,8 +289,8 @@ class _Run:
         settings = self.settings
         return row_key(passage, settings.model, settings.tokenizer, settings.prior)
 
-    def _pruned(self) -> Iterator[RowRef]:
-        """Rows of the documents whose files are gone."""
+    def _gone(self) -> Iterator[DocumentGone]:
+        """What is to be pruned."""
         documents = {passage.source: passage.document for _, passage, _ in self.snapshot.passages()}
         for source in gone(
             [source for source, document in documents.items() if document not in self.seen],
@@ -294,8 +299,7 @@ class _Run:
             read=self.seen.values(),
             skipped=[one.source for one in self.skipped],
         ):
-            self.removed += 1
-            yield from self.held.refs(documents[source])
+            yield DocumentGone(documents[source], source)
 
     def _skip(self, skipped: Skipped) -> None:
         self.skipped.append(skipped)

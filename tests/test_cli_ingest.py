@@ -9,7 +9,7 @@ import pytest
 from faketerminal import HOSTILE_NAME, HOSTILE_TEXT, OBEYED, Fakes, call, done, summary
 
 from regrad_cli.errors import Locked
-from regrad_cli.records import Notice, Skipped
+from regrad_cli.records import DocumentGone, Notice, Skipped
 
 SUMMARY = {"type", "documents", "passages", "added", "unchanged", "replaced", "removed", "skipped", "seconds"}
 
@@ -74,6 +74,20 @@ def test_skipped_inputs_are_named_counted_and_exit_3(fakes):
     result = call("ingest", "docs", "--json")
     assert result.lines[-1]["skipped"] == [{"source": "bad.pdf", "reason": "is encrypted"}]
     assert json.loads(result.err)["skipped"]["source"] == "bad.pdf"
+
+
+def test_what_is_pruned_is_named(fakes):
+    fakes.ingest_events = [DocumentGone("9" * 16, "old.md"), summary(removed=1)]
+    result = call("ingest", "docs", "--prune")
+    assert result.err == "removed: old.md, which is gone\n"
+    assert "1 document removed" in result.out
+    named, last = call("ingest", "docs", "--prune", "--json").lines
+    assert named == {"type": "removed", "id": "9" * 16, "source": "old.md"}
+    assert last["removed"] == 1
+    fakes.ingest_events = [DocumentGone("9" * 16, "old.md"), summary(removed=1, dry_run=True)]
+    result = call("ingest", "docs", "--prune", "--dry-run")
+    assert result.err == "would remove: old.md, which is gone\n"
+    assert ", would remove 1 document" in result.out
 
 
 def test_ctrl_c_says_how_to_resume(fakes):

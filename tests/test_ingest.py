@@ -15,7 +15,7 @@ from use_cases import counted, files, ingest, number, rows, rows_of, skipped, so
 
 from regrad_cli.bank import open_bank, remove_documents
 from regrad_cli.errors import Locked, UsageProblem
-from regrad_cli.records import DocumentDone, Notice, document_id
+from regrad_cli.records import DocumentDone, DocumentGone, Notice, document_id
 
 
 @pytest.fixture(scope="module")
@@ -401,3 +401,12 @@ def test_a_dry_run_with_prune_says_how_many_would_go(bank: Path, docs: Path) -> 
     before = number(bank)
     assert ingest(bank, docs, prune=True, dry_run=True).removed == 1
     assert number(bank) == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_is_pruned_is_named(bank: Path, docs: Path, dry_run: bool) -> None:
+    ingest(bank, docs)
+    (docs / "Skerry.md").unlink()
+    events = list(use_cases.events_of(bank, docs, prune=True, dry_run=dry_run))
+    gone = [event for event in events if isinstance(event, DocumentGone)]
+    assert gone == [DocumentGone(document_id("docs/Skerry.md"), "docs/Skerry.md")]

@@ -13,7 +13,7 @@ from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, Wait, command
 from regrad_cli.cli.stale import ingest_stale, refuse_together
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
 from regrad_cli.questions import Line, read_questions
-from regrad_cli.records import BankSettings, DocumentDone, IngestSummary
+from regrad_cli.records import BankSettings, DocumentDone, DocumentGone, IngestSummary
 from regrad_cli.settings import SEARCHES
 
 SECTION = "Documents and answers"
@@ -195,6 +195,8 @@ def ingest(
         for event in results:
             if isinstance(event, DocumentDone):
                 views.document_done(call.terminal, event)
+            elif isinstance(event, DocumentGone):
+                views.document_gone(call.terminal, event, dry_run=dry_run)
             elif isinstance(event, IngestSummary):
                 views.ingest_summary(call.terminal, event)
                 partial = bool(event.skipped)
