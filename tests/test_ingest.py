@@ -370,6 +370,20 @@ def test_a_named_stream_never_replaces_a_file_of_that_name(bank: Path) -> None:
     assert len(rows_of(bank, "notes.md")) == 3
 
 
+def test_a_file_named_like_standard_input_is_a_document_of_its_own_and_is_pruned(bank: Path) -> None:
+    folder = write(bank.parent, {"stdin#x": story("File"), "stdin#y/z.md": story("In a folder"), "a.md": story("a")})
+    (folder / "stdin#r.jsonl").write_text(jsonl(("one", "The first record tells of the harbour.")))
+    ingest(bank, folder, stdin=io.BytesIO(story("Pipe", 2).encode()), stdin_name="x")
+    named = {"./stdin#x", "./stdin#y/z.md", "./stdin#r.jsonl#one"}
+    assert sources(bank) == named | {"a.md", "stdin#x"}
+    assert len(rows_of(bank, "stdin#x")) == 2
+    assert ingest(bank, folder, prune=True).removed == 0
+    for file in ("stdin#x", "stdin#y/z.md", "stdin#r.jsonl"):
+        (folder / file).unlink()
+    assert ingest(bank, folder, prune=True).removed == 3
+    assert sources(bank) == {"a.md", "stdin#x"}
+
+
 @pytest.mark.parametrize("way", ["link to the folder", "folder above the bank", "relative", "the folder of the bank"])
 def test_prune_knows_the_given_folder_however_it_is_named(
     bank: Path, docs: Path, way: str, monkeypatch: pytest.MonkeyPatch
