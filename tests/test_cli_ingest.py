@@ -126,6 +126,11 @@ def test_paths_and_standard_input(fakes):
     assert fakes.ingest_options.stdin is None
 
 
+def test_a_file_called_dash_is_not_standard_input(fakes):
+    call("ingest", "./-", stdin=b"text")
+    assert (fakes.ingest_options.paths, fakes.ingest_options.stdin) == ((Path("-"),), None)
+
+
 def test_nothing_to_ingest_on_a_terminal_shows_help(fakes):
     result = call("ingest", piped_in=False, tty=True)
     assert result.code == 2

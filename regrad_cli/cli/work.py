@@ -111,7 +111,7 @@ def init(
 def ingest(
     call: Call,
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads standard input.")
+        list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads standard input.")
     ] = None,
     files_from: Annotated[
         str | None,
@@ -158,12 +158,12 @@ def ingest(
     With --stale the bank moves to another prior: all gradients are computed anew from the stored text, and one commit
     switches to them. Until then the bank answers as before.
     """
-    chosen = list(paths or [])
-    refuse_together(stale, prior, bool(chosen or files_from is not None or prune))
+    named = list(paths or [])
+    chosen = [Path(path) for path in named if path != "-"]  # ./- is a file of that name
+    refuse_together(stale, prior, bool(named or files_from is not None or prune))
     if stale:
         return ingest_stale(call, prior=prior, dry_run=dry_run, commit_rows=commit_rows, wait=wait)
-    reads_stdin = Path("-") in chosen or (not chosen and files_from is None and not call.terminal.in_is_terminal)
-    chosen = [path for path in chosen if path != Path("-")]
+    reads_stdin = "-" in named or (not named and files_from is None and not call.terminal.in_is_terminal)
     if files_from == "-" and reads_stdin:
         raise UsageProblem("standard input cannot be both a document and the list of files", "name a file for one")
     if files_from is not None:
