@@ -131,6 +131,22 @@ def test_a_file_called_dash_is_not_standard_input(fakes):
     assert (fakes.ingest_options.paths, fakes.ingest_options.stdin) == ((Path("-"),), None)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a", "--name", "feed"),
+        ("a", "--format", "jsonl"),
+        ("a", "--format", "text"),
+        ("--files-from", "-", "--name", "feed"),
+        ("-", "--name", ""),
+    ],
+)
+def test_options_of_standard_input_that_have_no_effect_are_usage(fakes, words):
+    result = call("ingest", *words, stdin=b"text")
+    assert (result.code, result.out) == (2, "")
+    assert "--name" in result.err and "hint: " in result.err
+
+
 def test_nothing_to_ingest_on_a_terminal_shows_help(fakes):
     result = call("ingest", piped_in=False, tty=True)
     assert result.code == 2

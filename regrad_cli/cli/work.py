@@ -118,8 +118,9 @@ def ingest(
         typer.Option("--files-from", metavar="FILE", help="Read paths from FILE or -, ended by newlines or NULs."),
     ] = None,
     format: Annotated[
-        StdinFormat, typer.Option("--format", metavar="text|jsonl", help="What standard input holds.")
-    ] = StdinFormat.text,
+        StdinFormat | None,
+        typer.Option("--format", metavar="text|jsonl", help="What standard input holds; text if not set."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The source's name for standard input.")
     ] = None,
@@ -160,10 +161,15 @@ def ingest(
     """
     named = list(paths or [])
     chosen = [Path(path) for path in named if path != "-"]  # ./- is a file of that name
-    refuse_together(stale, prior, bool(named or files_from is not None or prune))
+    of_stdin = name is not None or format is not None
+    refuse_together(stale, prior, bool(named or files_from is not None or prune or of_stdin))
     if stale:
         return ingest_stale(call, prior=prior, dry_run=dry_run, commit_rows=commit_rows, wait=wait)
     reads_stdin = "-" in named or (not named and files_from is None and not call.terminal.in_is_terminal)
+    if of_stdin and not reads_stdin:
+        raise UsageProblem("--name and --format are for standard input, which is not read", "name - among the paths")
+    if name == "":
+        raise UsageProblem("--name is empty", "leave it out, or name something")
     if files_from == "-" and reads_stdin:
         raise UsageProblem("standard input cannot be both a document and the list of files", "name a file for one")
     if files_from is not None:
@@ -177,7 +183,7 @@ def ingest(
     options = use_case.IngestOptions(
         paths=tuple(chosen),
         stdin=call.terminal.input if reads_stdin else None,
-        stdin_format=format.value,
+        stdin_format=(format or StdinFormat.text).value,
         stdin_name=name,
         prune=prune,
         dry_run=dry_run,
