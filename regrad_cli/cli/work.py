@@ -160,6 +160,8 @@ def ingest(
     switches to them. Until then the bank answers as before.
     """
     named = list(paths or [])
+    if "" in named:
+        raise UsageProblem("a path is empty", "name a file or a folder; . is this one")
     chosen = [Path(path) for path in named if path != "-"]  # ./- is a file of that name
     of_stdin = name is not None or format is not None
     refuse_together(stale, prior, bool(named or files_from is not None or prune or of_stdin))
