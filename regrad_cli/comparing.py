@@ -70,6 +70,8 @@ def versions(words: Sequence[str], in_force: Callable[[], Path]) -> tuple[Versio
 
 
 def _version(word: str, in_force: Callable[[], Path]) -> Version:
+    if not word:
+        raise UsageProblem("the name of a bank is empty", "write BANK, BANK@42, @42 for the bank in force, or @-1")
     match = None if os.path.exists(word) else _AT.fullmatch(word)  # noqa: PTH110 - False for any odd name, raises nothing
     if match is None:
         if "@" in word and not os.path.exists(word):  # noqa: PTH110

@@ -19,6 +19,7 @@ from regrad_cli.readers import READERS, BadRecord, Fields, Record, hint_for, kin
 from regrad_cli.records import Document, Skipped, sha256_hex
 
 MAX_BYTES = 50_000_000
+STDIN = "stdin#"  # how every source of standard input begins
 AT_ONCE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # never wait for a pipe's writer
 SPECIAL = (
     (stat.S_ISFIFO, "a pipe, not a file: send it to standard input, and name - instead"),
@@ -75,7 +76,7 @@ def read_stream(
     or `stdin#` and the text's digits.
     raises       ValueError for another format
     """
-    fields, place = Fields(title_field, text_field, id_field), f"stdin#{name}" if name else "stdin"
+    fields, place = Fields(title_field, text_field, id_field), f"{STDIN}{name}" if name else "stdin"
     if format == "jsonl":
         yield from _records(read_jsonl(stream, fields, max_bytes), place, name or "", by_text=not name)
         return
@@ -92,18 +93,20 @@ def read_stream(
         yield Skipped(place, _reason(error))
         return
     title = title or (_name_title(name) if name else "")
-    yield Document(place if name else f"stdin#{sha256_hex(text)[:16]}", title, text)
+    yield Document(place if name else f"{STDIN}{sha256_hex(text)[:16]}", title, text)
 
 
 def source_of(path: str | Path, base: Path) -> str:
     """A file's name in the bank: relative to `base` with forward slashes, or absolute outside it.
 
     Links among the folders are followed, a link that is the file itself is not: however a file is reached, its name is
-    one. Bytes that are no UTF-8 are written out (\\xe9), so that a source can be stored and printed anywhere.
+    one. Bytes that are no UTF-8 are written out (\\xe9), so that a source can be stored and printed anywhere. A name
+    that begins like standard input has ./ before it.
     """
     path = Path(path).absolute()
     place, root = Path(os.path.realpath(path.parent), path.name), Path(os.path.realpath(base))
-    return printable_name((place.relative_to(root) if place.is_relative_to(root) else place).as_posix())
+    source = printable_name((place.relative_to(root) if place.is_relative_to(root) else place).as_posix())
+    return f"./{source}" if source.startswith(STDIN) else source
 
 
 # ── one file ────────────────────────────────────────────────────────────────────────────────────────────────────────

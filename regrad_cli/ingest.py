@@ -6,8 +6,6 @@ and an interrupted ingest goes on where its last commit ended.
 
 from __future__ import annotations
 
-import os
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
@@ -19,7 +17,6 @@ from typing import Any, BinaryIO
 
 from regrad_cli.bank import Snapshot, Writer, check_format, create_bank, open_bank, write_bank
 from regrad_cli.bank.create import refuse_what_is_there
-from regrad_cli.characters import printable_name
 from regrad_cli.documents import read_documents, read_stream
 from regrad_cli.engine import Engine, NewRows, narrated, open_engine
 from regrad_cli.errors import UsageProblem
@@ -28,10 +25,12 @@ from regrad_cli.holdings import Holdings
 from regrad_cli.models import ModelFolder, resolve_embedder, resolve_model
 from regrad_cli.passages import split
 from regrad_cli.priors import new_settings, shipped_prior
+from regrad_cli.pruning import gone
 from regrad_cli.records import (
     BankSettings,
     Document,
     DocumentDone,
+    DocumentGone,
     IngestSummary,
     Notice,
     Passage,
@@ -44,7 +43,7 @@ from regrad_cli.records import (
 LOOK_AHEAD_PASSAGES = 20_000  # planned before computing begins, so that the time left is known (some 30 MB of text)
 TRIAL_PASSAGES = 8  # computed by --dry-run to estimate the time
 
-Event = Notice | Progress | DocumentDone | Skipped | IngestSummary
+Event = Notice | Progress | DocumentDone | DocumentGone | Skipped | IngestSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +144,12 @@ def ingest(bank: Path, options: IngestOptions) -> Iterator[Event]:
 
 @dataclass
 class _Batch:
-    """What one commit adds and removes, and the documents that are complete with it."""
+    """What one commit adds and removes, and the documents that are complete, or gone, with it."""
 
     rows: list[tuple[Passage, bytes]] = field(default_factory=list)
     removals: list[RowRef] = field(default_factory=list)
     finished: list[DocumentDone] = field(default_factory=list)
+    gone: list[DocumentGone] = field(default_factory=list)
 
     @property
     def changes(self) -> bool:
@@ -169,7 +169,7 @@ class _Run:
         self.engine = engine
         self.skipped: list[Skipped] = []
         self.heard: deque[Skipped] = deque()  # skipped while planning, not yet told
-        self.seen: set[str] = set()
+        self.seen: dict[str, str] = {}  # sources by document
         self.documents = self.passages = self.added = self.unchanged = self.replaced = self.removed = 0
         self.seconds_a_passage = 0.0
         self.described = False
@@ -203,6 +203,7 @@ class _Run:
                 for document in batch.finished:
                     bad = self.bad[document.id]
                     yield replace(document, passages=document.passages - bad, added=document.added - bad)
+                yield from batch.gone
         if self.writer is not None:
             self.writer.finish()
 
@@ -234,7 +235,7 @@ class _Run:
             if item.id in self.seen:
                 self._skip(Skipped(item.source, "another document of this ingest has the same name"))
                 continue
-            self.seen.add(item.id)
+            self.seen[item.id] = item.source
             have = self.held.of_document(item.id)
             count = added = 0
             for passage in self._passages(item):
@@ -262,7 +263,9 @@ class _Run:
             self.unchanged += count - added
             self.replaced += bool(have)
         if self.options.prune:
-            batch.removals += self._pruned()
+            batch.gone += self._gone()
+            batch.removals += [ref for document in batch.gone for ref in self.held.refs(document.id)]
+            self.removed = len(batch.gone)
         yield batch
 
     def _inputs(self) -> Iterator[Document | Skipped]:
@@ -286,22 +289,17 @@ class _Run:
         settings = self.settings
         return row_key(passage, settings.model, settings.tokenizer, settings.prior)
 
-    def _pruned(self) -> Iterator[RowRef]:
-        """Rows of documents that lay under the given paths and are gone; what merely could not be read is not gone."""
-        roots = [_place(_real(path)) for path in self.options.paths]
-        unread = [self._place_of(whole) for one in self.skipped for whole in _whole(one.source)]
-        sources = {passage.document: passage.source for _, passage, _ in self.snapshot.passages()}
-        for document, source in sources.items():
-            place = self._place_of(source)
-            if document in self.seen or source.startswith("stdin#") or any(_lies_in(place, one) for one in unread):
-                continue
-            if any(_lies_in(place, root) for root in roots):
-                self.removed += 1
-                yield from self.held.refs(document)
-
-    def _place_of(self, source: str) -> str:
-        """Where a source lies, absolute: however a path is written or linked, sources and paths can be compared."""
-        return source if Path(source).is_absolute() else f"{_place(_real(self.base)).rstrip('/')}/{source}"
+    def _gone(self) -> Iterator[DocumentGone]:
+        """What is to be pruned."""
+        documents = {passage.source: passage.document for _, passage, _ in self.snapshot.passages()}
+        for source in gone(
+            [source for source, document in documents.items() if document not in self.seen],
+            base=self.base,
+            paths=self.options.paths,
+            read=self.seen.values(),
+            skipped=[one.source for one in self.skipped],
+        ):
+            yield DocumentGone(documents[source], source)
 
     def _skip(self, skipped: Skipped) -> None:
         self.skipped.append(skipped)
@@ -374,25 +372,3 @@ class _Run:
             self.seconds_a_passage = (time.perf_counter() - start) / len(trial)
         self.added += len(batch.rows)
         yield Progress("planned", self.added, None)
-
-
-def _real(path: Path) -> Path:
-    """A folder with every link followed; a file, or what is not there, keeps its own name, as its source does."""
-    path = path.absolute()
-    return Path(os.path.realpath(path) if path.is_dir() else Path(os.path.realpath(path.parent), path.name))
-
-
-def _place(path: Path) -> str:
-    return printable_name(path.as_posix())
-
-
-def _whole(source: str) -> Iterator[str]:
-    """A skipped source, and the file of a skipped line: nobody knows which record that line was."""
-    yield source
-    if line := re.fullmatch(r"(.+)#\d+", source):
-        yield line[1]
-
-
-def _lies_in(place: str, root: str) -> bool:
-    """Whether a place is this file, a record of it, or lies in this folder."""
-    return place == root or place.startswith((f"{root.rstrip('/')}/", f"{root}#"))

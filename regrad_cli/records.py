@@ -243,6 +243,14 @@ class DocumentDone:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentGone:
+    """A document that was pruned, or with --dry-run would be: its file is gone, or the record from its file."""
+
+    id: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class IngestSummary:
     """The end of an ingest. `replaced` counts documents whose earlier text went; `removed` documents that were pruned;
     `recomputed` passages that a move to another prior computed now. With --dry-run, `added` and `recomputed` are what

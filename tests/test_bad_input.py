@@ -323,6 +323,27 @@ def test_a_place_that_is_no_bank_is_2_or_10_whatever_it_is_called(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["init", ""],
+        ["init", "new", "--prior", ""],
+        ["ingest", ""],
+        ["ingest", "a.md", ""],
+        ["diff", ""],
+        ["diff", ".", ""],
+        ["bank", "unpack", "x.gbank", ""],
+    ],
+)
+def test_an_empty_argument_is_usage_and_not_this_folder(
+    bank: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(bank)  # which `diff .` takes
+    before = everything(bank)
+    told(words, 2, "usage", "empty")
+    assert everything(bank) == before
+
+
 @pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + "/x", "/dev/null", "/proc/x", "~~/x"])
 def test_a_place_that_cannot_be_written_is_told_and_nothing_is_left(bank: Path, tmp_path: Path, name: str) -> None:
     pack_bank(bank, tmp_path / "x.gbank")

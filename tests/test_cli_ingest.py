@@ -9,7 +9,7 @@ import pytest
 from faketerminal import HOSTILE_NAME, HOSTILE_TEXT, OBEYED, Fakes, call, done, summary
 
 from regrad_cli.errors import Locked
-from regrad_cli.records import Notice, Skipped
+from regrad_cli.records import DocumentGone, Notice, Skipped
 
 SUMMARY = {"type", "documents", "passages", "added", "unchanged", "replaced", "removed", "skipped", "seconds"}
 
@@ -76,6 +76,20 @@ def test_skipped_inputs_are_named_counted_and_exit_3(fakes):
     assert json.loads(result.err)["skipped"]["source"] == "bad.pdf"
 
 
+def test_what_is_pruned_is_named(fakes):
+    fakes.ingest_events = [DocumentGone("9" * 16, "old.md"), summary(removed=1)]
+    result = call("ingest", "docs", "--prune")
+    assert result.err == "removed: old.md, which is gone\n"
+    assert "1 document removed" in result.out
+    named, last = call("ingest", "docs", "--prune", "--json").lines
+    assert named == {"type": "removed", "id": "9" * 16, "source": "old.md"}
+    assert last["removed"] == 1
+    fakes.ingest_events = [DocumentGone("9" * 16, "old.md"), summary(removed=1, dry_run=True)]
+    result = call("ingest", "docs", "--prune", "--dry-run")
+    assert result.err == "would remove: old.md, which is gone\n"
+    assert ", would remove 1 document" in result.out
+
+
 def test_ctrl_c_says_how_to_resume(fakes):
     fakes.ingest_events = [done(), KeyboardInterrupt()]
     result = call("ingest", "docs")
@@ -110,6 +124,27 @@ def test_paths_and_standard_input(fakes):
     assert fakes.ingest_options.stdin is not None
     call("ingest", "a", stdin=b"text")
     assert fakes.ingest_options.stdin is None
+
+
+def test_a_file_called_dash_is_not_standard_input(fakes):
+    call("ingest", "./-", stdin=b"text")
+    assert (fakes.ingest_options.paths, fakes.ingest_options.stdin) == ((Path("-"),), None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a", "--name", "feed"),
+        ("a", "--format", "jsonl"),
+        ("a", "--format", "text"),
+        ("--files-from", "-", "--name", "feed"),
+        ("-", "--name", ""),
+    ],
+)
+def test_options_of_standard_input_that_have_no_effect_are_usage(fakes, words):
+    result = call("ingest", *words, stdin=b"text")
+    assert (result.code, result.out) == (2, "")
+    assert "--name" in result.err and "hint: " in result.err
 
 
 def test_nothing_to_ingest_on_a_terminal_shows_help(fakes):

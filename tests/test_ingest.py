@@ -15,7 +15,7 @@ from use_cases import counted, files, ingest, number, rows, rows_of, skipped, so
 
 from regrad_cli.bank import open_bank, remove_documents
 from regrad_cli.errors import Locked, UsageProblem
-from regrad_cli.records import DocumentDone, Notice, document_id
+from regrad_cli.records import DocumentDone, DocumentGone, Notice, document_id
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +284,39 @@ def test_prune_does_not_take_a_path_that_is_not_there_for_an_empty_one(bank: Pat
     assert len(sources(bank)) == 3
 
 
+def test_prune_does_not_take_a_name_that_begins_like_a_path_for_a_record_of_it(bank: Path) -> None:
+    texts = {name: story(name) for name in ("C/intro.md", "C#/intro.md", "notes.md", "notes.md#old.md")}
+    langs = write(bank.parent / "langs", texts)
+    ingest(bank, langs)
+    (langs / "C#" / "intro.md").unlink()
+    assert ingest(bank, langs / "C", langs / "notes.md", prune=True).removed == 0
+    assert len(sources(bank)) == 4
+    assert ingest(bank, langs, prune=True).removed == 1
+
+
+def test_prune_keeps_what_was_named_once_and_is_left_out_now_as_long_as_its_file_is_there(bank: Path) -> None:
+    texts = {".hid.md": story("a"), "caf\udce9.tmp": story("b"), "x.tmp": story("c"), ".gitignore": "*.tmp\n.*.jsonl\n"}
+    texts[".data.jsonl"] = jsonl(("one", "The first record tells of the harbour."))
+    folder = write(bank.parent / "ig", {**texts, "seen.md": story("d")})
+    left_out = [folder / name for name in texts if name != ".gitignore"]
+    ingest(bank, folder, *left_out)
+    before = rows(bank)
+    assert {"ig/.data.jsonl#one", "ig/caf\\xe9.tmp"} < sources(bank)
+    assert (ingest(bank, folder, prune=True).removed, rows(bank)) == (0, before)
+    for path in left_out:
+        path.unlink()
+    assert ingest(bank, folder, prune=True).removed == 4
+    assert sources(bank) == {"ig/seen.md"}
+
+
+def test_a_file_whose_place_a_folder_took_goes_with_prune(bank: Path, docs: Path) -> None:
+    ingest(bank, docs)
+    (docs / "Skerry.md").unlink()
+    write(docs, {"Skerry.md/part.md": story("part")})
+    assert ingest(bank, docs, prune=True).removed == 1
+    assert sources(bank) == {"docs/Brannoch.md", "docs/Velmora.md", "docs/Skerry.md/part.md"}
+
+
 def test_a_record_removed_from_a_jsonl_goes_with_prune(bank: Path) -> None:
     data = bank.parent / "data.jsonl"
     data.write_text(jsonl(("one", "The first record tells of the harbour."), ("two", "The second tells of the bell.")))
@@ -337,6 +370,20 @@ def test_a_named_stream_never_replaces_a_file_of_that_name(bank: Path) -> None:
     assert len(rows_of(bank, "notes.md")) == 3
 
 
+def test_a_file_named_like_standard_input_is_a_document_of_its_own_and_is_pruned(bank: Path) -> None:
+    folder = write(bank.parent, {"stdin#x": story("File"), "stdin#y/z.md": story("In a folder"), "a.md": story("a")})
+    (folder / "stdin#r.jsonl").write_text(jsonl(("one", "The first record tells of the harbour.")))
+    ingest(bank, folder, stdin=io.BytesIO(story("Pipe", 2).encode()), stdin_name="x")
+    named = {"./stdin#x", "./stdin#y/z.md", "./stdin#r.jsonl#one"}
+    assert sources(bank) == named | {"a.md", "stdin#x"}
+    assert len(rows_of(bank, "stdin#x")) == 2
+    assert ingest(bank, folder, prune=True).removed == 0
+    for file in ("stdin#x", "stdin#y/z.md", "stdin#r.jsonl"):
+        (folder / file).unlink()
+    assert ingest(bank, folder, prune=True).removed == 3
+    assert sources(bank) == {"a.md", "stdin#x"}
+
+
 @pytest.mark.parametrize("way", ["link to the folder", "folder above the bank", "relative", "the folder of the bank"])
 def test_prune_knows_the_given_folder_however_it_is_named(
     bank: Path, docs: Path, way: str, monkeypatch: pytest.MonkeyPatch
@@ -368,3 +415,12 @@ def test_a_dry_run_with_prune_says_how_many_would_go(bank: Path, docs: Path) -> 
     before = number(bank)
     assert ingest(bank, docs, prune=True, dry_run=True).removed == 1
     assert number(bank) == before
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_is_pruned_is_named(bank: Path, docs: Path, dry_run: bool) -> None:
+    ingest(bank, docs)
+    (docs / "Skerry.md").unlink()
+    events = list(use_cases.events_of(bank, docs, prune=True, dry_run=dry_run))
+    gone = [event for event in events if isinstance(event, DocumentGone)]
+    assert gone == [DocumentGone(document_id("docs/Skerry.md"), "docs/Skerry.md")]

@@ -593,6 +593,8 @@ def test_the_commands_of_the_bank_tell_of_a_move_that_is_under_way(bank: Path, p
         ("--prior", "p", "docs"),
         ("--stale", "docs"),
         ("--stale", "--prune"),
+        ("--stale", "--name", "feed"),
+        ("--stale", "--format", "jsonl"),
         ("--stale", "--files-from", "-"),
     ],
 )

@@ -43,6 +43,8 @@ class Reader:
             if value not in choices:
                 raise typer.BadParameter(f"'{value}' is not one of {', '.join(choices)}", ctx=ctx, param=param)
             return self.kind(value)
+        if self.kind is Path and value == "":
+            raise typer.BadParameter("a path is empty; . is this folder", ctx=ctx, param=param)
         if self.kind in (str, Path):
             return self.kind(value)
         if self.kind is bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from regrad_cli.records import Answer, BankSettings, DocumentDone, Hit, IngestSummary, Passage
+from regrad_cli.records import Answer, BankSettings, DocumentDone, DocumentGone, Hit, IngestSummary, Passage
 from regrad_cli.render import Column, Terminal
 from regrad_cli.settings import Resolved
 from regrad_cli.shown import count, duration, size
@@ -50,6 +50,14 @@ def document_done(terminal: Terminal, event: DocumentDone) -> None:
         terminal.record({"type": "document", **asdict(event)})
 
 
+def document_gone(terminal: Terminal, event: DocumentGone, *, dry_run: bool) -> None:
+    """A document that was pruned, or would be."""
+    if terminal.json:
+        terminal.record({"type": "removed", **asdict(event)})
+    else:
+        terminal.notice(f"{'would remove' if dry_run else 'removed'}: {event.source}, which is gone")
+
+
 def ingest_summary(terminal: Terminal, summary: IngestSummary) -> None:
     """The end of an ingest."""
     if terminal.json:
@@ -63,7 +71,8 @@ def ingest_summary(terminal: Terminal, summary: IngestSummary) -> None:
     if summary.dry_run:
         cost = f"about {size(summary.estimated_bytes)} and {duration(summary.estimated_seconds)}"
         would = f"recompute {summary.recomputed:,}" if summary.recomputed else f"add {summary.added:,}"
-        terminal.text(f"{passages}: would {would} ({cost}), {summary.unchanged:,} unchanged{skipped}")
+        removed = f", would remove {count(summary.removed, 'document')}" if summary.removed else ""
+        terminal.text(f"{passages}: would {would} ({cost}), {summary.unchanged:,} unchanged{removed}{skipped}")
         return
     parts = [f"{summary.recomputed:,} recomputed"] if summary.recomputed else [f"{summary.added:,} added"]
     parts += [f"{summary.unchanged:,} unchanged"]

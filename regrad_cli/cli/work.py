@@ -13,7 +13,7 @@ from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, Wait, command
 from regrad_cli.cli.stale import ingest_stale, refuse_together
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
 from regrad_cli.questions import Line, read_questions
-from regrad_cli.records import BankSettings, DocumentDone, IngestSummary
+from regrad_cli.records import BankSettings, DocumentDone, DocumentGone, IngestSummary
 from regrad_cli.settings import SEARCHES
 
 SECTION = "Documents and answers"
@@ -111,15 +111,16 @@ def init(
 def ingest(
     call: Call,
     paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads standard input.")
+        list[str] | None, typer.Argument(metavar="PATH", help="Files and folders; - reads standard input.")
     ] = None,
     files_from: Annotated[
         str | None,
         typer.Option("--files-from", metavar="FILE", help="Read paths from FILE or -, ended by newlines or NULs."),
     ] = None,
     format: Annotated[
-        StdinFormat, typer.Option("--format", metavar="text|jsonl", help="What standard input holds.")
-    ] = StdinFormat.text,
+        StdinFormat | None,
+        typer.Option("--format", metavar="text|jsonl", help="What standard input holds; text if not set."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The source's name for standard input.")
     ] = None,
@@ -158,12 +159,19 @@ def ingest(
     With --stale the bank moves to another prior: all gradients are computed anew from the stored text, and one commit
     switches to them. Until then the bank answers as before.
     """
-    chosen = list(paths or [])
-    refuse_together(stale, prior, bool(chosen or files_from is not None or prune))
+    named = list(paths or [])
+    if "" in named:
+        raise UsageProblem("a path is empty", "name a file or a folder; . is this one")
+    chosen = [Path(path) for path in named if path != "-"]  # ./- is a file of that name
+    of_stdin = name is not None or format is not None
+    refuse_together(stale, prior, bool(named or files_from is not None or prune or of_stdin))
     if stale:
         return ingest_stale(call, prior=prior, dry_run=dry_run, commit_rows=commit_rows, wait=wait)
-    reads_stdin = Path("-") in chosen or (not chosen and files_from is None and not call.terminal.in_is_terminal)
-    chosen = [path for path in chosen if path != Path("-")]
+    reads_stdin = "-" in named or (not named and files_from is None and not call.terminal.in_is_terminal)
+    if of_stdin and not reads_stdin:
+        raise UsageProblem("--name and --format are for standard input, which is not read", "name - among the paths")
+    if name == "":
+        raise UsageProblem("--name is empty", "leave it out, or name something")
     if files_from == "-" and reads_stdin:
         raise UsageProblem("standard input cannot be both a document and the list of files", "name a file for one")
     if files_from is not None:
@@ -177,7 +185,7 @@ def ingest(
     options = use_case.IngestOptions(
         paths=tuple(chosen),
         stdin=call.terminal.input if reads_stdin else None,
-        stdin_format=format.value,
+        stdin_format=(format or StdinFormat.text).value,
         stdin_name=name,
         prune=prune,
         dry_run=dry_run,
@@ -195,6 +203,8 @@ def ingest(
         for event in results:
             if isinstance(event, DocumentDone):
                 views.document_done(call.terminal, event)
+            elif isinstance(event, DocumentGone):
+                views.document_gone(call.terminal, event, dry_run=dry_run)
             elif isinstance(event, IngestSummary):
                 views.ingest_summary(call.terminal, event)
                 partial = bool(event.skipped)
