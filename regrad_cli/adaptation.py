@@ -6,7 +6,7 @@ Knows a snapshot and its engine; loads no language model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from regrad_cli.bank import Snapshot
@@ -79,6 +79,10 @@ class Adaptation:
     weights: tuple[float, ...]
     gamma: float
     owners: tuple[int, ...]
+
+    def among_passages(self) -> Adaptation:
+        """The same where the prompt shows the passages."""
+        return replace(self, prior=self.prior.among_passages())
 
     def of_passages(self, k: int) -> tuple[float, ...]:
         """What the gradients of each of the k passages weigh."""

@@ -222,6 +222,8 @@ class Answerer:
         adaptation = None
         if hits and mode in GRADIENT_MODES:
             adaptation = self.adaptation(question, found, options.gamma)
+            if mode in PROMPT_MODES:
+                adaptation = adaptation.among_passages()
         shown = [hit.passage.training_text for hit in hits] if mode in PROMPT_MODES else []
         prompt = prompt_ids(model, question, shown)
         limit = model.positions

@@ -107,7 +107,8 @@ def _ways(bench: Bench, mode: str) -> Generator[Progress, None, list[Way]]:
     if mode == "random":
         seeds = [(run, noise(bench.codec, bench.options.seed, run)) for run in range(RANDOM_RUNS)]
         return [Way(mode, lora=bench.prior, source=own, alter=alter, run=run) for run, alter in seeds]
-    return [Way(mode, shows=shows, lora=bench.prior, source=others if mode == "other" else own)]
+    lora = bench.prior.among_passages() if shows else bench.prior
+    return [Way(mode, shows=shows, lora=lora, source=others if mode == "other" else own)]
 
 
 def _scores(bench: Bench, results: list[Scored]) -> tuple[Scores, dict[str, Scores]]:

@@ -359,12 +359,14 @@ class _Run:
     def _card(self, model: Model, step: int, steps: int, losses: dict[str, float], rank: int) -> dict[str, Any]:
         """What the prior says of itself. No paths: it travels."""
         from regrad_cli.learn.model import DTYPES
+        from regrad_cli.learn.prior import AMONG
 
         options = self.options
         elsewhere = ("tasks", "dev", "out", "init", "device", "model", "embedder", "checkpoint_s")
         settings = {name: value for name, value in asdict(options).items() if name not in elsewhere}
         settings["dtype"] = next(name for name, kind in DTYPES.items() if kind == model.dtype)
         settings["rank"] = rank
+        among = self.begun.card.get(AMONG) if self.begun is not None and options.objective == "regrad" else None
         return {
             "name": printable_name(options.out.stem),
             "trained": True,
@@ -380,6 +382,7 @@ class _Run:
             "losses": losses,
             **self._rule,
             **({} if options.codec is None else {"codec": options.codec}),
+            **({} if among is None else {AMONG: among}),
             **self.data,
             "settings": settings,
         }

@@ -21,11 +21,13 @@ from typing import NamedTuple
 from benchmarks.prior import cloze, swapped
 from benchmarks.prior.further import drawn, further
 from benchmarks.prior.legs import Task, halfway, learn, learned, metrics_file, read, stopped, validated, worlds, written
+from regrad_cli.learn.prior import AMONG
 from regrad_cli.metatrain import MetaTrainOptions
 
 ROOT = Path(__file__).parents[2]
 RATES = (3e-4, 1e-3, 3e-3)
 SEARCH_STEPS = 200
+AMONG_PASSAGES = 0.7  # of the prior and its gradients, where the prompt shows the passages (docs/experiments.md, 12)
 LAST_RATE = 0.5  # of the first leg's, as with the prior
 SECOND_ENDS, THIRD_ENDS = 583, 225  # steps: later, what they were to learn from was known by heart
 
@@ -145,7 +147,7 @@ def make_prior(data: Path, work: Path) -> None:
     last = last_leg(data, work, fourth, partial(further, reader=fourth.out))
     list(learn(last))
     prior = halfway(learned(last.out), learned(fourth.out))
-    card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, last)}
+    card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, last), AMONG: AMONG_PASSAGES}
     prior = replace(prior, card=card).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 

@@ -29,6 +29,7 @@ VALUES, INT8 = "values", "int8"
 MOST_K = 1000
 MOST_SEGMENTS = 64
 STEEPEST = 60.0  # of log α in size: beyond it a step leaves float32, or does nothing
+AMONG = "strength_among_passages"
 UNTRAINED_CARD = {"name": "untrained", "trained": False, "k": 3, "weights": "mean", "gamma": 1.0}
 
 
@@ -41,12 +42,15 @@ class Prior:
     log_step_sizes  {name: log α}, one for every tensor
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
                     "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "f1" by codec
-                    where that was measured, "segments" and "segment_temperature" where passages were cut
+                    where that was measured, "segments" and "segment_temperature" where passages were cut,
+                    "strength_among_passages" (see `among_passages`)
+    strength        what its LoRA branch is multiplied by
     """
 
     tensors: dict[str, torch.Tensor]
     log_step_sizes: dict[str, float]
     card: dict[str, Any]
+    strength: float = 1.0
 
     @property
     def step_sizes(self) -> dict[str, float]:
@@ -55,8 +59,13 @@ class Prior:
 
     @property
     def scale(self) -> float:
-        """lora_alpha / rank; lora_alpha is twice the rank."""
-        return 2.0
+        """lora_alpha / rank; lora_alpha is twice the rank, times the strength."""
+        return 2.0 * self.strength
+
+    def among_passages(self) -> Prior:
+        """As it is applied where the prompt shows the passages: the weights then stay nearer to the model's own, which
+        can read. Source: interpolation of weights, Wortsman et al., arXiv 2109.01903; docs/experiments.md, 12."""
+        return replace(self, strength=float(self.card.get(AMONG, 1.0)))
 
     @property
     def rank(self) -> int:
@@ -186,10 +195,11 @@ def _refuse_odd_card(card: Mapping[str, Any]) -> None:
     if type(segments) is not int or not 1 <= segments <= MOST_SEGMENTS:
         raise ValueError(f"its card's segments are not from 1 to {MOST_SEGMENTS}")
     shares = card.get("segment_temperature", SEGMENT_TEMPERATURE)
+    among = card.get(AMONG, 1.0)
     rules = {"mean": 1.0, "sum": 1.0, "softmax": card.get("temperature", 0.0)}
-    for number in (card["gamma"], rules[card["weights"]], shares):
+    for number in (card["gamma"], rules[card["weights"]], shares, among):
         if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e9:
-            raise ValueError("its card's gamma or temperature is no number")
+            raise ValueError("its card's gamma, strength or temperature is no number")
     if not min(rules[card["weights"]], shares) > 1e-9:
         raise ValueError("its card's temperature is not above 0")
 
