@@ -1172,6 +1172,10 @@ def test_a_packed_bank_one_may_not_read_is_told_so(packed: Path, tmp_path: Path)
         closed = tmp_path / "closed" / BANK_FOLDER
         with pytest.raises(StorageFailed, match="look for a bank"):
             locate_bank(None, closed.parent)
+        for named in (closed, closed.parent, str(closed)):  # one that is named is no more passed over
+            with pytest.raises(StorageFailed, match="Permission denied") as caught:
+                locate_bank(named, tmp_path)
+            assert "who owns" in caught.value.hint
     finally:
         os.seteuid(user)
 
