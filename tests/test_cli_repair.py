@@ -109,6 +109,14 @@ def test_dry_run_says_all_of_it_and_changes_nothing(bank: Path) -> None:
     assert done.document["rewritten"][0]["kept"] == 1 and done.document["quarantined"]
 
 
+def test_documents_that_nothing_names_are_not_counted_as_one(bank: Path) -> None:
+    assert call("compact", "--bank", bank, "--yes").code == 0, "one shard for both"
+    for folder in ("shards", "docs"):
+        shutil.rmtree(bank / folder)
+    result = repair(bank, "--yes")
+    assert result.code == 3 and "3 passages of documents that nothing names any more could not be kept" in result.err
+
+
 def test_going_back_to_an_older_snapshot_is_asked_and_said(bank: Path) -> None:
     with write_bank(bank) as writer:
         writer.remove(ref for ref, _, _ in writer.snapshot.passages(A))
