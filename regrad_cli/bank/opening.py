@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
-from regrad_cli.bank.damage import REPAIR, DamagedFile
+from regrad_cli.bank.damage import OLDER, REPAIR, DamagedFile
 from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
 from regrad_cli.bank.packed import Packed
 from regrad_cli.bank.parsing import parse, refuse_newer_format
@@ -94,8 +94,10 @@ def _open_manifest(path: Path, number: int | None, *, for_writing: bool = False)
         raise
     try:
         return read_manifest(Region(fd, 0, os.fstat(fd).st_size, name), for_writing=for_writing), fd
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, DamagedFile):  # of which nothing can be skipped
+            error.hint = f"{REPAIR}; {OLDER}" if chosen > numbers[0] else REPAIR
         raise
 
 
