@@ -1180,6 +1180,18 @@ def test_a_packed_bank_one_may_not_read_is_told_so(packed: Path, tmp_path: Path)
         os.seteuid(user)
 
 
+def test_a_pipe_with_a_name_is_unpacked_like_a_file(packed: Path, tmp_path: Path) -> None:
+    """`bank unpack <(ssh there cat x.gbank) DIR`, in a shell"""
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", packed], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        unpack_bank(Path(f"/dev/fd/{writer.stdout.fileno()}"), tmp_path / "shells")
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', packed, tmp_path / "pipe"]):
+        unpack_bank(tmp_path / "pipe", tmp_path / "named")
+    assert tree(tmp_path / "shells") == tree(tmp_path / "named")
+    assert content(tmp_path / "named") == content(packed)
+
+
 def test_errors_of_a_packed_bank_are_all_typed(packed: Path, tmp_path: Path) -> None:
     """A pipe in place of the file does not block."""
     os.mkfifo(tmp_path / "x.gbank")
