@@ -117,7 +117,8 @@ def repair(
 
     path = call.bank_path()
     report = call.megabytes("verifying")
-    with bank.repair_bank(path, priors=partial(_same_prior, prior), wait_s=wait, report=report) as work:
+    priors = partial(_same_prior, prior)
+    with bank.repair_bank(path, priors=priors, wait_s=wait, dry_run=dry_run, report=report) as work:
         if dry_run:
             repaired(call.terminal, work.foreseen())
             return EXIT_DONE
