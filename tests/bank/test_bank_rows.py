@@ -348,6 +348,15 @@ def test_a_bank_is_found_from_a_folder_below(tmp_path: Path) -> None:
             locate_bank(no_name, below)
 
 
+def test_a_link_that_leads_nowhere_and_a_name_that_cannot_be_are_no_place_for_a_bank(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, fact in (("link", "a link that leads nowhere"), ("x" * 300, "so long a name")):
+        with pytest.raises(UsageProblem, match=fact) as caught:
+            create_bank(tmp_path / place, settings(), PRIOR)
+        assert "name another place" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
 def test_a_folder_of_a_bank_that_may_not_be_listed_is_told_with_a_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
