@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from regrad_cli.bank import Snapshot, Writer, check_format, create_bank, open_bank, write_bank
+from regrad_cli.bank import Snapshot, Writer, create_bank, open_bank, write_bank
 from regrad_cli.bank.create import refuse_what_is_there
 from regrad_cli.documents import read_documents, read_stream
 from regrad_cli.engine import Engine, NewRows, narrated, open_engine
@@ -121,8 +121,7 @@ def ingest(bank: Path, options: IngestOptions) -> Iterator[Event]:
     with ExitStack() as stack:
         writer: Writer | None = None
         if options.dry_run:
-            check_format(bank)  # refuses what ingesting would
-            snapshot = stack.enter_context(open_bank(bank))
+            snapshot = stack.enter_context(open_bank(bank, for_writing=True))
         else:
             writer = stack.enter_context(write_bank(bank, wait_s=options.wait_s))
             snapshot = writer.snapshot

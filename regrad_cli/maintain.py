@@ -15,7 +15,6 @@ from regrad_cli.bank import (
     AtStake,
     Compacted,
     at_stake,
-    check_format,
     compact_bank,
     foreseen,
     open_bank,
@@ -51,8 +50,7 @@ def stake(bank: Path, keep: int) -> AtStake:
 
     raises  UsageProblem for a packed bank; NoBank, Damaged, UnknownFormat
     """
-    check_format(bank)
-    with open_bank(bank) as snapshot:
+    with open_bank(bank, for_writing=True) as snapshot:
         return at_stake(snapshot, keep)
 
 
@@ -70,8 +68,7 @@ def compact(
     with ExitStack() as stack:
         writer: CompactingWriter | None = None
         if options.dry_run:
-            check_format(bank)
-            snapshot = stack.enter_context(open_bank(bank))
+            snapshot = stack.enter_context(open_bank(bank, for_writing=True))
         else:
             writer = stack.enter_context(compact_bank(bank, wait_s=options.wait_s))
             snapshot = writer.snapshot

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from regrad_cli.bank import MovingWriter, Snapshot, check_format, move_bank, open_bank, rows_to_move
+from regrad_cli.bank import MovingWriter, Snapshot, move_bank, open_bank, rows_to_move
 from regrad_cli.engine import Engine, open_engine
 from regrad_cli.errors import Damaged, NonFinite, UsageProblem
 from regrad_cli.priors import settings_under
@@ -54,8 +54,7 @@ def move(bank: Path, options: MoveOptions) -> Iterator[Event]:
     with ExitStack() as stack:
         writer: MovingWriter | None = None
         if options.dry_run:
-            check_format(bank)  # refuses what moving would
-            snapshot = stack.enter_context(open_bank(bank))
+            snapshot = stack.enter_context(open_bank(bank, for_writing=True))
         else:
             writer = stack.enter_context(move_bank(bank, wait_s=options.wait_s))
             snapshot = writer.snapshot

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, islice
@@ -231,32 +232,43 @@ class Terminal:
         description = describe_error(error)
         if code is not None:
             description["code"] = code
-        if self.debug:
-            trace = "".join(traceback.format_exception(error))
+        with self._last_words():
+            if self.debug:
+                trace = "".join(traceback.format_exception(error))
+                if self.json:
+                    description["traceback"] = trace
+                else:
+                    self._err(visible(trace.rstrip("\n")))
             if self.json:
-                description["traceback"] = trace
+                self._err_record({"error": description})
             else:
-                self._err(visible(trace.rstrip("\n")))
-        if self.json:
-            self._err_record({"error": description})
-        else:
-            self._err(self.style("error: ", "bold", "red", err=True) + visible_line(description["message"]))
-            if description["hint"]:
-                self._err(self.style(" hint: ", "bold", "cyan", err=True) + visible_line(description["hint"]))
+                self._err(self.style("error: ", "bold", "red", err=True) + visible_line(description["message"]))
+                if description["hint"]:
+                    self._err(self.style(" hint: ", "bold", "cyan", err=True) + visible_line(description["hint"]))
         return int(description["code"])
 
     def interrupted(self, resume: str = "") -> None:
         """Ctrl-C, in one line; `resume` says how to go on."""
-        if self.json:
-            error = {"code": EXIT_INTERRUPTED, "kind": "interrupted", "message": "interrupted", "hint": resume}
-            self._err_record({"error": error})
-        else:
-            at_line_start = "\n" if self.err_is_terminal else ""  # the terminal has just echoed ^C
-            self._err(at_line_start + (f"interrupted: {resume}" if resume else "interrupted"))
+        with self._last_words():
+            if self.json:
+                error = {"code": EXIT_INTERRUPTED, "kind": "interrupted", "message": "interrupted", "hint": resume}
+                self._err_record({"error": error})
+            else:
+                at_line_start = "\n" if self.err_is_terminal else ""  # the terminal has just echoed ^C
+                self._err(at_line_start + (f"interrupted: {resume}" if resume else "interrupted"))
 
     def help(self, text: str) -> None:
         """A command's help where it was called without what it needs: not data, so not stdout."""
-        self._err(text if self._colours(self.err_is_terminal) else _COLOUR.sub("", text))
+        with self._last_words():
+            self._err(text if self._colours(self.err_is_terminal) else _COLOUR.sub("", text))
+
+    @contextmanager
+    def _last_words(self) -> Iterator[None]:
+        """For what is said before the process ends with a code: where stderr takes nothing, the code alone tells."""
+        try:
+            yield
+        except OSError:
+            self.abandon_output()
 
     def progress(self, event: Progress) -> None:
         """How far the work is, with the time left; one bar a stage, on a terminal only."""

@@ -126,6 +126,27 @@ def test_a_full_disk_behind_standard_output_is_an_error(arguments):
     assert b"Traceback" not in err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("extra", [[], ["--json"], ["--debug"]])
+@pytest.mark.parametrize(("arguments", "code"), [(["ask", "q"], 14), (["bank", "nosuch"], 2), (["bank"], 2)])
+def test_an_error_that_cannot_be_said_ends_with_its_own_code(arguments, code, extra):
+    setup = "from regrad_cli.errors import Damaged; fakes.raises = Damaged('row 3')"
+    with Path("/dev/full").open("wb") as full:
+        process = start(*arguments, "-q", *extra, setup=setup, stderr=full, stdin=subprocess.DEVNULL)
+        process.communicate(timeout=20)
+    assert process.returncode == code
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_ctrl_c_that_cannot_be_said_is_130():
+    with Path("/dev/full").open("wb") as full:
+        process = start("ask", "q", setup=SLOW, stderr=full, stdin=subprocess.DEVNULL)
+        read_until(process.stdout, b"first")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 130
+
+
 def test_an_output_that_is_not_utf8_gets_escapes_not_a_crash():
     setup = "fakes.pieces = ['na\\u00efve \\u65e5\\u672c']"
     for extra, wanted in (([], b"na\\xefve \\u65e5\\u672c\n"), (["--json"], b"na\\u00efve \\u65e5\\u672c")):

@@ -19,6 +19,7 @@ from test_cli_real_bank import DIMENSION, PRIOR, add
 from use_cases import counted, ingest, story, write
 
 from regrad_cli.bank import create_bank, open_bank, verify, write_bank
+from regrad_cli.bank.locks import hold_lock
 from regrad_cli.records import document_id, sha256_hex
 
 ROOT = Path(__file__).parent.parent
@@ -96,8 +97,10 @@ def test_passages_are_dropped_only_after_a_yes_and_each_document_is_named_with_3
 
 def test_dry_run_says_all_of_it_and_changes_nothing(bank: Path) -> None:
     lose_one(bank)
-    before = files(bank)
+    (bank / "lock").write_bytes(b"whoever wrote last")
+    before, with_lock = files(bank), use_cases.files(bank)
     result = repair(bank, "--dry-run")
+    assert use_cases.files(bank) == with_lock
     assert result.code == 0 and "1 of 2 passages kept" in result.out and "would be the bank" in result.out
     foreseen = repair(bank, "--dry-run", "--json").document
     assert files(bank) == before and foreseen["dry_run"] is True
@@ -107,6 +110,22 @@ def test_dry_run_says_all_of_it_and_changes_nothing(bank: Path) -> None:
         assert done.document[name] == foreseen[name], name
     assert done.document["lost"] == [{"id": A, "source": "a.md", "passages": 1}]
     assert done.document["rewritten"][0]["kept"] == 1 and done.document["quarantined"]
+
+
+def test_documents_that_nothing_names_are_not_counted_as_one(bank: Path) -> None:
+    assert call("compact", "--bank", bank, "--yes").code == 0, "one shard for both"
+    for folder in ("shards", "docs"):
+        shutil.rmtree(bank / folder)
+    result = repair(bank, "--yes")
+    assert result.code == 3 and "3 passages of documents that nothing names any more could not be kept" in result.err
+
+
+def test_a_dry_run_makes_no_lock_and_still_keeps_to_one_that_is_held(bank: Path) -> None:
+    lose_one(bank)
+    (bank / "lock").unlink()
+    assert repair(bank, "--dry-run").code == 0 and not (bank / "lock").exists()
+    with hold_lock(bank):
+        assert repair(bank, "--dry-run").code == 11
 
 
 def test_going_back_to_an_older_snapshot_is_asked_and_said(bank: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import secrets
 from pathlib import Path
 
@@ -71,9 +72,20 @@ def create_bank(path: Path, settings: BankSettings, prior: bytes) -> None:
 
 
 def refuse_what_is_there(path: Path) -> None:
-    """raises UsageProblem unless `path` is free, or holds only the beginnings of a bank that was never finished"""
-    if not path.exists() and not path.is_symlink():
-        return
+    """raises UsageProblem unless `path` is free, or holds only the beginnings of a bank that was never finished;
+    StorageFailed where one may not look"""
+    try:
+        if not path.exists() and not path.is_symlink():
+            return
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            way_out = "name another place: `regrad init PATH`"
+            raise UsageProblem(f"no bank can have so long a name: {path}", way_out) from error
+        raise files.storage_failed(f"look at {path}", error) from error
+    if not path.exists():
+        raise UsageProblem(
+            f"{path} is a link that leads nowhere", "make the folder that it leads to, or name another place"
+        )
     if not path.is_dir():
         raise UsageProblem(f"{path} is a file, not a place for a bank", "name another place: `regrad init PATH`")
     if layout.snapshot_numbers(path):

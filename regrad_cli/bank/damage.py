@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from regrad_cli.errors import Damaged
 
 REPAIR = "`regrad bank repair` puts right what can be proved (`--dry-run` says what that is)"
-WAY_OUT = (
-    f"{REPAIR}; until then `--skip-damaged` answers from the rest, and "
-    "`--snapshot N` reads an older snapshot (`regrad bank log` lists them)"
-)
+OLDER = "`--snapshot N` reads an older snapshot (`regrad bank log` lists them)"
+WAY_OUT = f"{REPAIR}; until then `--skip-damaged` answers from the rest, and {OLDER}"
+PRIOR_WAY_OUT = "`regrad bank repair` puts the prior back, if need be from the file it came from (`--prior FILE`)"
 
 
 @dataclass(frozen=True, slots=True)

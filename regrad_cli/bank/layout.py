@@ -9,10 +9,9 @@ import errno
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-from regrad_cli.bank.files import storage
+from regrad_cli.bank.files import storage, storage_failed
 from regrad_cli.errors import NoBank
 from regrad_cli.places import expanded
 
@@ -23,7 +22,7 @@ BANK_FOLDER = ".gbank"
 SUFFIXES = {"shards": ".safetensors", "docs": ".jsonl", "priors": ".safetensors", "index": ".hnsw"}
 FOLDERS = ("snapshots", *SUFFIXES, "tmp", "quarantine")
 
-_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.[a-z]+)\Z")
 _SNAPSHOT_NAME = re.compile(r"([0-9]{8,12})\.(json|copy)\Z")
 
@@ -63,13 +62,13 @@ def content_files(bank: Path) -> Iterator[str]:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """[] where there is no such folder"""
+    """[] where there is no such folder. raises StorageFailed for one that may not be read"""
     try:
         return [entry.name for entry in folder.iterdir()]
     except OSError as error:
         if error.errno in _NOT_THERE:
             return []
-        raise
+        raise storage_failed("look into the bank", error) from error
 
 
 def strange_folders(bank: Path) -> Iterator[tuple[str, str]]:
@@ -98,11 +97,16 @@ def locate_bank(explicit: str | Path | None, start: Path) -> Path:
     """
     if explicit is not None:
         path = expanded(explicit)
-        with suppress(OSError, ValueError):  # what the system takes for no name at all is no bank
+        try:
             if path.is_file() or looks_like_a_bank(path):
                 return path
             if looks_like_a_bank(path / BANK_FOLDER):
                 raise NoBank(f"{path} is not a bank", f"it holds one: --bank {path / BANK_FOLDER}")
+        except ValueError:
+            pass  # what the system takes for no name at all is no bank
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise storage_failed("look for a bank", error) from error
         raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
     for folder in (start, *start.resolve().parents):
         with storage("look for a bank"):  # one that may not be entered is not passed over for one further up

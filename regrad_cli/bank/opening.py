@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from regrad_cli.bank import files, layout
-from regrad_cli.bank.damage import REPAIR, DamagedFile
+from regrad_cli.bank.damage import OLDER, REPAIR, DamagedFile
 from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
 from regrad_cli.bank.packed import Packed
 from regrad_cli.bank.parsing import parse, refuse_newer_format
@@ -19,13 +19,14 @@ from regrad_cli.bank.store import Folder, Region, open_plain_file
 from regrad_cli.errors import NoBank, UsageProblem
 
 
-def open_bank(path: Path, snapshot: int | None = None) -> Snapshot:
+def open_bank(path: Path, snapshot: int | None = None, *, for_writing: bool = False) -> Snapshot:
     """Opens the newest snapshot, or the one of that number, with a shared lock that keeps it from being deleted; of a
     packed bank its only one.
 
-    raises  NoBank, DamagedFile, UnknownFormat; UsageProblem for a number there is not
+    for_writing  refuse what a writer would, for who says beforehand what writing comes to
+    raises       NoBank, DamagedFile, UnknownFormat; UsageProblem for a number there is not
     """
-    if _is_file(path):
+    if not for_writing and _is_file(path):
         packed = Packed(path)
         if snapshot not in (None, packed.manifest.number):
             packed.close()
@@ -34,9 +35,11 @@ def open_bank(path: Path, snapshot: int | None = None) -> Snapshot:
             )
         return Snapshot(packed, packed.manifest, packed.close)
     check_format(path)
+    if for_writing:
+        _refuse_lost_snapshot(path)
     # A snapshot may go between listing and locking it (an ingest drops its own intermediate ones): look again then.
     while True:
-        manifest, fd = _open_manifest(path, snapshot)
+        manifest, fd = _open_manifest(path, snapshot, for_writing=for_writing)
         files.lock_shared(fd)
         if os.fstat(fd).st_nlink:
             return Snapshot(Folder(path), manifest, partial(os.close, fd))
@@ -94,8 +97,10 @@ def _open_manifest(path: Path, number: int | None, *, for_writing: bool = False)
         raise
     try:
         return read_manifest(Region(fd, 0, os.fstat(fd).st_size, name), for_writing=for_writing), fd
-    except BaseException:
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, DamagedFile):  # of which nothing can be skipped
+            error.hint = f"{REPAIR}; {OLDER}" if chosen > numbers[0] else REPAIR
         raise
 
 
@@ -106,10 +111,14 @@ def newest_manifest(path: Path, *, for_writing: bool = False) -> Manifest:
     """
     manifest, fd = _open_manifest(path, None, for_writing=for_writing)
     os.close(fd)
+    _refuse_lost_snapshot(path)
+    return manifest
+
+
+def _refuse_lost_snapshot(path: Path) -> None:
     lost = lost_snapshot(path)
     if lost is not None:
         raise DamagedFile(layout.snapshot_name(lost), "is missing, and its copy is there", hint=REPAIR)
-    return manifest
 
 
 def lost_snapshot(path: Path) -> int | None:

@@ -154,7 +154,7 @@ def _prove(name: str, digest: Any) -> None:
 def unpack_bank(file: Path | BinaryIO, folder: Path, *, report: Report | None = None) -> dict[str, Any]:
     """Makes a live bank of a packed one, which is read once from its beginning to its end.
 
-    file     the packed bank, or a stream of one
+    file     the packed bank, or a stream of one; a pipe that has a name is a stream
     folder   what is made, whole or not at all: it must not be there yet, or be empty
     report   told (bytes done, bytes in all)
     returns  {"path", "bytes", "snapshot", "documents", "passages"}
@@ -164,10 +164,11 @@ def unpack_bank(file: Path | BinaryIO, folder: Path, *, report: Report | None = 
     if isinstance(file, Path):
         with files.storage(f"read {file}"):
             is_there = file.is_file()
-        if not is_there:
+        if not is_there and not file.is_fifo():
             what = "is a folder, and not packed" if file.is_dir() else "is not there"
             raise NoBank(f"{file} {what}", "name the file that `regrad bank pack` wrote")
-        Packed(file).close()  # what can be seen at once is said before anything is written
+        if is_there:
+            Packed(file).close()  # what can be seen at once is said before anything is written
         with files.storage(f"read {file}"), file.open("rb") as stream:
             return _unpack(stream, file, folder, report)
     return _unpack(file, Path("standard input"), folder, report)

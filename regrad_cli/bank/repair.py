@@ -96,16 +96,22 @@ def no_priors(settings: BankSettings) -> Iterator[bytes]:
 
 
 def repair_bank(
-    path: Path, *, priors: Priors = no_priors, wait_s: float = 0.0, report: Report | None = None
+    path: Path,
+    *,
+    priors: Priors = no_priors,
+    wait_s: float = 0.0,
+    dry_run: bool = False,
+    report: Report | None = None,
 ) -> Repairer:
     """A repair of the live bank, for a `with` block: `plan` tells what it comes to, `carry_out` does it.
 
     priors   for settings whose prior is damaged: bytes that may be that prior; those whose hash fits are put back
     wait_s   how long to wait for another writer
+    dry_run  only the plan is wanted: no byte is changed, not of the lock either
     report   told (bytes read, bytes in all) while the bank is read
     raises   as survey does; Locked, UsageProblem for a packed bank
     """
-    return Repairer(path, priors, wait_s, report)
+    return Repairer(path, priors, wait_s, dry_run, report)
 
 
 class Repairer:
@@ -113,9 +119,9 @@ class Repairer:
 
     plan: Plan
 
-    def __init__(self, path: Path, priors: Priors, wait_s: float, report: Report | None) -> None:
+    def __init__(self, path: Path, priors: Priors, wait_s: float, dry_run: bool, report: Report | None) -> None:
         self.path = path
-        self._priors, self._wait_s, self._report = priors, wait_s, report
+        self._priors, self._wait_s, self._dry_run, self._report = priors, wait_s, dry_run, report
         self._stack = ExitStack()
         self._quarantined: list[Quarantined] = []
 
@@ -125,7 +131,7 @@ class Repairer:
         if not layout.looks_like_a_bank(self.path):
             raise NoBank(f"there is no bank at {self.path}", f"`regrad init {self.path}` makes one")
         with ExitStack() as stack:
-            stack.enter_context(hold_lock(self.path, self._wait_s))
+            stack.enter_context(hold_lock(self.path, self._wait_s, dry_run=self._dry_run))
             self.plan = survey(self.path, self._priors, self._report)
             self._stack = stack.pop_all()
         return self
@@ -140,6 +146,7 @@ class Repairer:
 
         raises  StorageFailed, DamagedFile (it got worse meanwhile): no worse than it was, and it can be run again
         """
+        assert not self._dry_run
         newest, held = self.plan.base, list[int]()
         with files.storage("repair the bank"):
             if not self.plan.damage:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from regrad_cli.bank import layout
-from regrad_cli.bank.damage import DamagedFile, Finding
+from regrad_cli.bank.damage import PRIOR_WAY_OUT, DamagedFile, Finding
 from regrad_cli.bank.makeup import figures
 from regrad_cli.bank.manifest import Counts, Manifest
 from regrad_cli.bank.store import Store
@@ -121,10 +121,13 @@ class Snapshot:
         """The prior's safetensors file, proved by its name."""
         entry = self.manifest.prior
         name = layout.content_name("priors", entry.sha256)
-        with self.store.open(name, entry.bytes) as region:
-            data = region.read(0, region.length)
+        try:
+            with self.store.open(name, entry.bytes) as region:
+                data = region.read(0, region.length)
+        except DamagedFile as error:
+            raise DamagedFile(name, error.finding.what, hint=PRIOR_WAY_OUT) from error
         if sha256_hex(data) != entry.sha256:
-            raise DamagedFile(name, "is damaged")
+            raise DamagedFile(name, "is damaged", hint=PRIOR_WAY_OUT)
         return data
 
     # ── documents and passages ───────────────────────────────────────────────────────────────────────────────────────

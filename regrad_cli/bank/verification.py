@@ -57,16 +57,19 @@ def verify(
     report   told (bytes read, bytes in all)
     sample   read this share of the rows and blocks instead of every byte; manifests, priors and sizes are checked all
     checked  is told what was looked at
-    raises   NoBank if there is no bank at all
+    raises   NoBank if there is no bank at all; UnknownFormat where a newer version wrote any of it
     """
     work = _Work(report, sample, checked or Checked())
     if path.is_file():
         yield from _packed(path, work)
         return
+    newer: UnknownFormat | None = None
     try:
         check_format(path)
     except NoBank:
         raise
+    except UnknownFormat as error:
+        newer = error
     except RegradError as error:
         yield Finding(layout.FORMAT_FILE, error.finding.what if isinstance(error, DamagedFile) else error.message)
     for name, what in layout.strange_folders(path):
@@ -83,8 +86,14 @@ def verify(
                 manifests.append(read_manifest(region))
         except DamagedFile as error:
             yield error.finding
+        except UnknownFormat:
+            raise
         except RegradError as error:
             yield Finding(name, error.message)
+    if newer is not None and not manifests:
+        raise newer
+    if newer is not None:  # FORMAT changes together with the newest manifest, so that a repair puts it back
+        yield Finding(layout.FORMAT_FILE, f"{newer.message}, and its snapshots are not")
     yield from _copies(path, {manifest.number: manifest for manifest in manifests})
     yield from unfit(manifests)
     yield from work.contents(store, manifests)
@@ -110,9 +119,6 @@ def _packed(path: Path, work: _Work) -> Iterator[Finding]:
     except DamagedFile as error:
         yield error.finding
         return
-    except UnknownFormat as error:
-        yield Finding(path.name, error.message)
-        return
     with store:
         yield from store.after_files()
         yield from work.contents(store, [store.manifest])
@@ -133,6 +139,8 @@ def _copies(path: Path, manifests: Mapping[int, Manifest]) -> Iterator[Finding]:
         except DamagedFile as error:
             yield error.finding
             continue
+        except UnknownFormat:
+            raise
         except RegradError as error:
             yield Finding(name, error.message)
             continue

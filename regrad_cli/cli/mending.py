@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from regrad_cli.bank.survey import Back, LostDocument, Plan
 
 NAMED_DOCUMENTS = 5  # documents that are named in the question before a repair; the rest are counted
+NAMELESS = "documents that nothing names any more"
 SEED_BITS = 32
 
 
@@ -116,7 +117,8 @@ def repair(
 
     path = call.bank_path()
     report = call.megabytes("verifying")
-    with bank.repair_bank(path, priors=partial(_same_prior, prior), wait_s=wait, report=report) as work:
+    priors = partial(_same_prior, prior)
+    with bank.repair_bank(path, priors=priors, wait_s=wait, dry_run=dry_run, report=report) as work:
         if dry_run:
             repaired(call.terminal, work.foreseen())
             return EXIT_DONE
@@ -150,7 +152,13 @@ def _passages(lost: Sequence["LostDocument"]) -> str:
 
 
 def _name(lost: "LostDocument") -> str:
-    return lost.source or (f"document {lost.id}" if lost.id else "documents that nothing names any more")
+    return lost.source or (f"document {lost.id}" if lost.id else NAMELESS)
+
+
+def _documents(lost: Sequence["LostDocument"]) -> str:
+    """How many lost passages; those that nothing names are one entry, and nobody knows how many they are."""
+    known = sum(_name(each) != NAMELESS for each in lost)
+    return " and ".join([count(known, "document")] * (known > 0) + [NAMELESS] * (known < len(lost)))
 
 
 def repaired(terminal: Terminal, result: "Repaired") -> None:
@@ -221,7 +229,7 @@ def _as_json(result: "Repaired") -> dict[str, Any]:
 
 def _code(terminal: Terminal, result: "Repaired") -> int:
     if result.lost:
-        named = f"{_passages(result.lost)} of {count(len(result.lost), 'document')}"
+        named = f"{_passages(result.lost)} of {_documents(result.lost)}"
         terminal.warning(f"{named} could not be kept; `regrad ingest` of those files adds them again, and only them")
     elif result.back is not None:
         terminal.warning("what came after that snapshot is gone; `regrad ingest` of your files adds it again")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults import every_flip
+from faults import every_flip, flip
 from hypothesis import given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
@@ -381,6 +381,26 @@ def test_promise_20_an_unknown_reader_flag_is_refused_to_all_a_writer_flag_to_wr
     for use in (open_bank, write_bank):
         with pytest.raises(UnknownFormat, match="folded-codes"), use(bank):
             pass
+
+
+def test_a_damaged_prior_or_manifest_names_only_what_helps(whole: Path, tmp_path: Path) -> None:
+    bank = copy_of(whole, tmp_path / "p")
+    (prior,) = (bank / "priors").iterdir()
+    data = prior.read_bytes()
+    for left in (data[:9], data[:-1] + b"?", None):
+        prior.unlink() if left is None else prior.write_bytes(left)
+        with open_bank(bank) as snapshot, pytest.raises(DamagedFile) as caught:
+            snapshot.prior_bytes()
+        assert "repair" in caught.value.hint and "--prior FILE" in caught.value.hint
+        assert "--skip-damaged" not in caught.value.hint and "--snapshot" not in caught.value.hint
+    bank = copy_of(whole, tmp_path / "m")
+    first, *_, newest = sorted((bank / "snapshots").glob("*.json"))
+    for manifest, is_older in ((newest, True), (first, False)):
+        flip(manifest, 40)
+        with pytest.raises(DamagedFile) as caught:
+            open_bank(bank, int(manifest.stem))
+        assert "repair" in caught.value.hint and "--skip-damaged" not in caught.value.hint
+        assert ("--snapshot N" in caught.value.hint) is is_older
 
 
 # ── promise 16: hostile files ────────────────────────────────────────────────────────────────────────────────────────

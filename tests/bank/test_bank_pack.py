@@ -42,7 +42,7 @@ from regrad_cli.bank import (
     verify,
     write_bank,
 )
-from regrad_cli.bank.damage import DamagedFile
+from regrad_cli.bank.damage import DamagedFile, Finding
 from regrad_cli.bank.layout import BANK_FOLDER, locate_bank
 from regrad_cli.bank.manifest import MANIFEST_LIMIT
 from regrad_cli.bank.packed import BLOCK, END, SIZE_LIMIT, Packed, header, members, padding
@@ -427,7 +427,10 @@ def test_promise_03_any_flipped_bit_of_a_packed_bank_is_noticed(packed: Path, tm
             flipped[position] ^= 1 << chance.randrange(8)
             file = put(tmp_path / "x.gbank", bytes(flipped))
             noticed = assert_nothing_wrong_is_returned(file, right)
-            findings = [finding for finding in verify(file) if not finding.note]
+            try:
+                findings = [finding for finding in verify(file) if not finding.note]
+            except UnknownFormat:
+                findings = [Finding("FORMAT", "has a digit that was flipped into a newer one")]
             assert findings, f"byte {position}, in {region}"
             at_opening = region.split("/")[0] in ("header of FORMAT", "file of FORMAT", "filling of FORMAT")
             at_opening |= "snapshots" in region and "filling" not in region
@@ -753,14 +756,15 @@ def test_promise_20_a_newer_packed_bank_is_refused(packed: Path, tmp_path: Path)
     for text in (b"gbank 2\n", b"gbank 10\n"):
         newer = header("FORMAT", len(text)) + text.ljust(BLOCK, b"\0") + b"whatever comes then" * 100
         for file in (put(tmp_path / "x.gbank", newer), put(tmp_path / "x.gbank", data.replace(b"gbank 1\n", text, 1))):
-            for use in (open_bank, log, lambda file: unpack_bank(file, tmp_path / "u")):
+            uses = (open_bank, log, lambda file: unpack_bank(file, tmp_path / "u"), lambda file: list(verify(file)))
+            for use in uses:
                 with pytest.raises(UnknownFormat, match="is of format") as caught:
                     use(file)
                 assert "newer regrad" in caught.value.hint
-            assert ["is of format" in finding.what for finding in verify(file)] == [True]
     file = put(tmp_path / "x.gbank", with_manifest(packed, lambda body: body.update(reader_flags=["folded-codes"])))
-    with pytest.raises(UnknownFormat, match="folded-codes"):
-        open_bank(file)
+    for use in (open_bank, lambda file: list(verify(file))):
+        with pytest.raises(UnknownFormat, match="folded-codes"):
+            use(file)
     file = put(tmp_path / "x.gbank", with_manifest(packed, lambda body: body.update(writer_flags=["counts-words"])))
     assert content(file) == content(packed)
 
@@ -1168,8 +1172,24 @@ def test_a_packed_bank_one_may_not_read_is_told_so(packed: Path, tmp_path: Path)
         closed = tmp_path / "closed" / BANK_FOLDER
         with pytest.raises(StorageFailed, match="look for a bank"):
             locate_bank(None, closed.parent)
+        for named in (closed, closed.parent, str(closed)):  # one that is named is no more passed over
+            with pytest.raises(StorageFailed, match="Permission denied") as caught:
+                locate_bank(named, tmp_path)
+            assert "who owns" in caught.value.hint
     finally:
         os.seteuid(user)
+
+
+def test_a_pipe_with_a_name_is_unpacked_like_a_file(packed: Path, tmp_path: Path) -> None:
+    """`bank unpack <(ssh there cat x.gbank) DIR`, in a shell"""
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", packed], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        unpack_bank(Path(f"/dev/fd/{writer.stdout.fileno()}"), tmp_path / "shells")
+    with subprocess.Popen(["sh", "-c", 'cat "$0" > "$1"', packed, tmp_path / "pipe"]):
+        unpack_bank(tmp_path / "pipe", tmp_path / "named")
+    assert tree(tmp_path / "shells") == tree(tmp_path / "named")
+    assert content(tmp_path / "named") == content(packed)
 
 
 def test_errors_of_a_packed_bank_are_all_typed(packed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from made_banks import PRIOR, all_refs, content, make_bank, rows, settings, tree
 from regrad_cli.bank import create_bank, locate_bank, log, open_bank, remove_documents, verify, write_bank
 from regrad_cli.bank.locks import hold_lock
 from regrad_cli.bank.shards import parse_line, passage_line
-from regrad_cli.errors import NoBank, NonFinite, UsageProblem
+from regrad_cli.errors import NoBank, NonFinite, StorageFailed, UsageProblem
 from regrad_cli.records import Passage, RowRef, document_id
 
 
@@ -342,6 +343,33 @@ def test_a_bank_is_found_from_a_folder_below(tmp_path: Path) -> None:
         locate_bank(tmp_path / "nothing", below)
     with pytest.raises(NoBank):
         open_bank(tmp_path / "some")
+    for no_name in ("x" * 300, "a\0b"):
+        with pytest.raises(NoBank, match="no bank at"):
+            locate_bank(no_name, below)
+
+
+def test_a_link_that_leads_nowhere_and_a_name_that_cannot_be_are_no_place_for_a_bank(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, fact in (("link", "a link that leads nowhere"), ("x" * 300, "so long a name")):
+        with pytest.raises(UsageProblem, match=fact) as caught:
+            create_bank(tmp_path / place, settings(), PRIOR)
+        assert "name another place" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_folder_of_a_bank_that_may_not_be_listed_is_told_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = make_bank(tmp_path / "b")
+
+    def denied(folder: Path) -> Iterator[Path]:  # what a folder without r answers, but to root
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for use in (open_bank, log, lambda path: list(verify(path))):
+        with pytest.raises(StorageFailed, match="Permission denied") as caught:
+            use(bank)
+        assert "who owns" in caught.value.hint
 
 
 def test_a_new_bank_hides_itself_from_git(tmp_path: Path) -> None:

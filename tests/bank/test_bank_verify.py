@@ -12,7 +12,17 @@ from made_banks import content, copy_of, make_bank, rows
 from test_bank_damage import forge
 from test_bank_move import move
 
-from regrad_cli.bank import Checked, Sample, files, open_bank, pack_bank, remove_documents, verify, write_bank
+from regrad_cli.bank import (
+    Checked,
+    Sample,
+    files,
+    open_bank,
+    pack_bank,
+    remove_documents,
+    repair_bank,
+    verify,
+    write_bank,
+)
 from regrad_cli.bank.damage import DamagedFile, Finding
 from regrad_cli.records import document_id
 
@@ -231,3 +241,11 @@ def test_promise_06_a_copy_that_a_crash_left_is_a_leftover_and_one_whose_manifes
     with write_bank(bank):
         pass
     assert not newest.with_suffix(".copy").exists() and list(verify(bank)) == []
+
+
+def test_a_newer_format_before_snapshots_of_ours_is_damage_that_a_repair_puts_right(bank: Path) -> None:
+    (bank / "FORMAT").write_bytes(b"gbank 2\n")
+    assert [finding.file for finding in verify(bank) if not finding.note] == ["FORMAT"]
+    with repair_bank(bank) as work:
+        work.carry_out()
+    assert list(verify(bank)) == []
