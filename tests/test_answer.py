@@ -17,6 +17,7 @@ from regrad_cli.answer import Answerer, AskOptions
 from regrad_cli.bank import open_bank
 from regrad_cli.errors import Damaged, UsageProblem
 from regrad_cli.finding import Finder, query
+from regrad_cli.learn.prior import AMONG, Prior
 from regrad_cli.records import Answer, Notice, Piece, document_id
 
 QUESTION = "Who lights the lamp in Velmora?"
@@ -137,6 +138,27 @@ def test_both_is_adapted_and_shows_the_passages(made: Path, tiny_model_folder: P
     assert answer.answer == by_hand(made, tiny_model_folder, texts(made), 1.0, hits)
     assert answer.answer not in (ask(made, QUESTION, "rag").answer, ask(made, QUESTION, "regrad").answer)
     assert answer.tokens["prompt"] == ask(made, QUESTION, "rag").tokens["prompt"]
+
+
+def test_among_passages_the_prior_has_the_strength_that_its_card_says(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regrad, both, rag = (ask(made, QUESTION, mode).answer for mode in ("regrad", "both", "rag"))
+    assert both != rag
+    with open_bank(made) as opened:
+        card = Prior.from_bytes(opened.prior_bytes()).card
+    usual = Prior.from_bytes
+
+    def with_strength(data: bytes, *names: str) -> Prior:
+        prior = usual(data, *names)
+        return replace(prior, card=card | {AMONG: 0.0})
+
+    monkeypatch.setattr(Prior, "from_bytes", with_strength)
+    assert ask(made, QUESTION, "both").answer == rag
+    assert ask(made, QUESTION, "regrad").answer == regrad
+    with Answerer(made, modes={"both"}, device="cpu", dtype="fp32") as answerer:
+        results = list(answerer.ask_many([QUESTION] * 2, AskOptions(mode="both", max_tokens=8)))
+        assert [one.answer for one in results if isinstance(one, Answer)] == [rag, rag]
 
 
 @pytest.mark.parametrize("mode", ["regrad", "both", "rag"])

@@ -28,7 +28,7 @@ from train_runs import (
 
 from regrad_cli import metatrain
 from regrad_cli.errors import Damaged, Mismatch, NonFinite, UsageProblem
-from regrad_cli.learn.prior import Prior
+from regrad_cli.learn.prior import AMONG, Prior
 from regrad_cli.learn.workers import Workers
 from regrad_cli.metatrain import MetaTrainOptions, meta_train
 from regrad_cli.records import Notice, Skipped
@@ -320,8 +320,11 @@ def test_what_the_prior_to_begin_with_decides_is_not_to_be_given_otherwise(plain
     begin = plain.out.rename(plain.out.with_name("begin.safetensors"))
     with pytest.raises(UsageProblem, match="has rank 2, not 3"):
         run(replace(plain, init=begin, rank=3))
+    first = Prior.from_bytes(begin.read_bytes())
+    begin.write_bytes(replace(first, card=first.card | {AMONG: 0.6}).to_bytes())
     run(replace(plain, init=begin, rank=None))
     assert prior_of(plain).rank == 2
+    assert prior_of(plain).among_passages().scale == pytest.approx(0.6 * first.scale) and first.strength == 1.0
     with pytest.raises(UsageProblem, match="no gradients of passages"):
         run(replace(plain, objective="rag", codec="int8", out=plain.out.with_name("other.safetensors")))
 

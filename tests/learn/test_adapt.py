@@ -188,6 +188,7 @@ def test_bytes_that_are_no_prior_are_damage(prior: Prior, cut: int) -> None:
     "changes",
     [
         {"gamma": "1"}, {"gamma": float("inf")}, {"gamma": None}, {"gamma": True}, {"k": 0}, {"k": 10**9}, {"k": 2.5},
+        {"strength_among_passages": "1"}, {"strength_among_passages": float("nan")},
         {"weights": "loudest"}, {"weights": ["mean"]}, {"weights": "softmax"}, {"name": 5}, {"trained": "yes"},
         {"weights": "softmax", "temperature": 0}, {"weights": "softmax", "temperature": "cold"}, {"name": "\ud800"},
         {"order": []}, {"order": [["x"]]}, {"format": "regrad prior 9"},
