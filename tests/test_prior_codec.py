@@ -114,7 +114,7 @@ def test_training_goes_on_through_it_unless_exact_gradients_are_asked_for(
     tmp_path: Path, tiny_model_folder: Path, priors: dict[str, Path]
 ) -> None:
     def card(name: str, **changes: Any) -> dict[str, Any]:
-        given = train_runs.options(tmp_path / name, tiny_model_folder, steps=2, **changes)
+        given = train_runs.options(tmp_path / name, tiny_model_folder, steps=2, rank=None, **changes)
         train_runs.run(given)
         return Prior.from_bytes(given.out.read_bytes()).card
 
