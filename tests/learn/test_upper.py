@@ -133,6 +133,24 @@ def test_a_model_that_does_not_keep_to_positions_reads_no_forked_row(family: Cal
         del model.network.base_model.forward
 
 
+def test_no_token_of_a_shared_row_nor_its_filling_lies_past_the_longest_text() -> None:
+    texts = [(*range(20), 30 + number) for number in range(8)]
+    rows = [Row.of(texts, 20), Row.of([texts[0]])]
+    positions = layout(rows, 28, torch.device("cpu"), torch.float32)["position_ids"]
+    assert positions.shape == (2, 28) and int(positions.max()) == 20
+
+
+@pytest.mark.parametrize("said", [{"attention_layers": ["global", "local"]}, {"window_size": 256}])
+def test_a_model_whose_layers_see_what_is_near_reads_no_forked_row(
+    family: Callable[[str], Model], said: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family("llama")
+    for name, value in said.items():
+        monkeypatch.setattr(model.network.config, name, value, raising=False)
+    same = Model(model.network, model.tokenizer, model.device, model.dtype, model.projections)
+    assert not same.reads_forked_rows
+
+
 def test_each_row_may_have_tensors_of_its_own(model: Model, prior: Prior) -> None:
     other = filled_prior(model, seed=8)
     upper = UpperHalf(model, prior.scale)
