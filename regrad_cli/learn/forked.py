@@ -17,23 +17,20 @@ TEXTS = 8  # in a row at most: its attention grows with the square of them
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`shared` tokens that all its texts begin with, then the rest of each, which sees those and itself.
+    """Texts whose first `shared` tokens are the same: those once, then each one's rest, which sees those and itself."""
 
-    ids     the shared tokens and the rests, one after the other
-    shared  how many tokens are everyone's; none in a row of one text
-    rests   how many tokens each text has of its own
-    """
+    texts: tuple[tuple[int, ...], ...]
+    shared: int = 0
 
-    ids: tuple[int, ...]
-    shared: int
-    rests: tuple[int, ...]
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The shared tokens and the rests, one after the other."""
+        return self.texts[0][: self.shared] + tuple(token for text in self.texts for token in text[self.shared :])
 
-    @classmethod
-    def of(cls, texts: Sequence[tuple[int, ...]], shared: int = 0) -> Row:
-        """A row of these texts, whose first `shared` tokens are the same; of one text, as it is."""
-        rests = [text[shared:] for text in texts]
-        ids = texts[0][:shared] + tuple(token for rest in rests for token in rest)
-        return cls(ids, shared, tuple(map(len, rests)))
+    @property
+    def rests(self) -> list[int]:
+        """How many tokens each text has of its own."""
+        return [len(text) - self.shared for text in self.texts]
 
     def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """What belongs to the row's tokens, (length of ids, …), of what belongs to each text's, (its length, …)."""
@@ -57,7 +54,7 @@ def in_common(texts: Sequence[Sequence[int]]) -> int:
 def layout(rows: Sequence[Row], length: int, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What a model has to be told to read these rows, filled up to `length` at their end: nothing where each is one
     text, else the places that see each other, attention_mask (N, 1, L, L) to be added, and position_ids (N, L)."""
-    if all(len(row.rests) == 1 for row in rows):
+    if all(len(row.texts) == 1 for row in rows):
         return {}
     owner = torch.full((len(rows), length), -1)  # of each token: 0 is everyone's, then the texts; filling is apart
     positions = torch.zeros((len(rows), length), dtype=torch.long)  # of filling too: a model may have no further ones

@@ -183,7 +183,7 @@ class MetaLearner:
 
     def _inner(self, passages: Sequence[Sequence[int]], prior: Tensors, *, graph: bool) -> _Inner:
         """Every passage's own gradient of the document loss at θ; with a graph, a function of θ."""
-        ids, lower = self._padded(passages)
+        ids, lower = self._padded([Row((tuple(passage),)) for passage in passages])
         labels = torch.full_like(ids, IGNORED)
         for row, passage in enumerate(passages):
             labels[row, : len(passage) - 1] = ids[row, 1 : len(passage)]
@@ -234,7 +234,7 @@ class MetaLearner:
             batch = [found for found in order[start:] if len(found[0].ids) <= 1.5 * length + 16]
             start += len(batch)
             rows = [row for row, _ in batch]
-            ids, lower = self._filled(rows, [[questions[place].ids for place in asked] for _, asked in batch])
+            ids, lower = self._padded(rows)
             owners = [places[asked[0]] for _, asked in batch]
             chosen = owners[0] if len(set(owners)) == 1 else torch.tensor(owners, device=ids.device)
             adapted = {name: tensor[chosen].to(lower.dtype) for name, tensor in tensors.items()}
@@ -259,24 +259,15 @@ class MetaLearner:
                 last = min(questions[place].start for place in some) - 1  # the token that an answer follows is its own
                 shared = in_common([questions[place].ids[:last] for place in some])
                 if len(some) > 1 and shared >= SHARED and self._forks:
-                    yield Row.of([questions[place].ids for place in some], shared), some
+                    yield Row(tuple(questions[place].ids for place in some), shared), some
                 else:
-                    yield from ((Row.of([questions[place].ids]), [place]) for place in some)
+                    yield from ((Row((questions[place].ids,)), [place]) for place in some)
 
-    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids (N, L) and the lower half's output (N, L, H), filled up at the end."""
-        return self._filled([Row.of([tuple(text)]) for text in texts], [[text] for text in texts])
-
-    def _filled(
-        self, rows: Sequence[Row], texts: Sequence[Sequence[Sequence[int]]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of rows and the texts in each, whose outputs of the lower half are kept one by one: the texts of a
-        row are other ones each time."""
+    def _padded(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids (N, L) and the lower half's output (N, L, H), filled up at the end; the latter is kept text by text, for
+        the texts of a row are other ones each time."""
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True).to(self.model.device)
-        lower = [
-            row.joined([self.lower_of(text).to(self.model.device) for text in own])
-            for row, own in zip(rows, texts, strict=True)
-        ]
+        lower = [row.joined([self.lower_of(text).to(self.model.device) for text in row.texts]) for row in rows]
         return ids, pad_sequence(lower, batch_first=True)
 
     def _logits(self, outputs: torch.Tensor) -> torch.Tensor:

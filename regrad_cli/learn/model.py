@@ -98,8 +98,8 @@ class Model:
         kinds = {kind for name in LAYERS_SEE for kind in getattr(config, name, None) or ()}
         if near or kinds - {"full_attention", "global"} or config.vocab_size < 32:
             return False
-        texts = [tuple(range(24)), (*range(16), *range(24, 32))]
-        row = Row.of(texts, 16)
+        texts = (tuple(range(24)), (*range(16), *range(24, 32)))
+        row = Row(texts, 16)
         body, close = self.network.base_model, max(8 * torch.finfo(self.dtype).eps, 1e-5)
 
         def states(ids: Sequence[int], **read_as: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ def test_texts_that_begin_alike_give_in_one_row_what_each_gives_by_itself(
     upper = UpperHalf(model, prior.scale)
     begin, *ends = random_passages(model, (9, 4, 1, 6))
     texts = [(*begin, *end) for end in ends]
-    rows = [Row.of(texts, in_common(texts)), Row.of([texts[1]])]
+    rows = [Row(tuple(texts), in_common(texts)), Row((texts[1],))]
     if name == "gemma2":  # its layers see in turns everything and what is near
         assert not model.reads_forked_rows
         return
@@ -135,7 +135,7 @@ def test_a_model_that_does_not_keep_to_positions_reads_no_forked_row(family: Cal
 
 def test_no_token_of_a_shared_row_nor_its_filling_lies_past_the_longest_text() -> None:
     texts = [(*range(20), 30 + number) for number in range(8)]
-    rows = [Row.of(texts, 20), Row.of([texts[0]])]
+    rows = [Row(tuple(texts), 20), Row((texts[0],))]
     positions = layout(rows, 28, torch.device("cpu"), torch.float32)["position_ids"]
     assert positions.shape == (2, 28) and int(positions.max()) == 20
 
