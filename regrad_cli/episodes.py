@@ -36,6 +36,7 @@ class EpisodeRules:
 
     objective       "regrad" (gradients of its passages), "direct" (nothing but the question), "rag" (passages shown)
     mix_context     share of episodes in which one question also sees the passages
+    reading         further tasks a step, at θ itself: passages shown to every question and no gradient of them
     strangers       share of episodes in which other tasks' passages, the nearest to the question, are in the sum
     k               passages in the sum, then
     segments        a passage is cut into at most so many, each with a gradient of its own
@@ -46,6 +47,7 @@ class EpisodeRules:
 
     objective: str = "regrad"
     mix_context: float = 0.25
+    reading: int = 0
     strangers: float = 0.4
     k: int = 3
     segments: int = 1
@@ -81,7 +83,7 @@ class Episodes:
         self._cutter: Cutter | None = None
         if rules.segments > 1 and token_spans is not None and vectors is not None:
             self._cutter = Cutter(token_spans, rules.segments, vectors)
-        self._order: dict[int, list[int]] = {}
+        self._orders: dict[str, tuple[int, list[int]]] = {}  # by seed: a round, and the order of tasks in it
         self._places = [(number, place) for number, task in enumerate(tasks) for place in range(len(task.passages))]
         self._all: np.ndarray | None = None
 
@@ -98,26 +100,32 @@ class Episodes:
         return [text for task in self._tasks for text in task.embedding_texts]
 
     def at(self, step: int, batch: int) -> list[Episode | str]:
-        """The episodes of one step; a task that cannot be one is its name and the reason instead."""
-        found: list[Episode | str] = []
-        for slot in range(batch):
-            round_, place = divmod(step * batch + slot, len(self._tasks))
-            number = self._in_round(round_)[place]
-            draw = Random(f"{self._seed}/{step}/{slot}")
-            try:
-                found.append(self._drawn(number, draw))
-            except UsageProblem as problem:
-                found.append(f"{self._tasks[number].id}: {problem}")
-        return found
+        """The episodes of one step, those of reading last; a task that cannot be one is its name and the reason
+        instead."""
+        seed, reading = str(self._seed), self._rules.reading
+        return [
+            *(self._taken(seed, step, slot, batch, self._rules.objective) for slot in range(batch)),
+            *(self._taken(f"{seed}/reading", step, slot, reading, "rag") for slot in range(reading)),
+        ]
 
-    def _in_round(self, round_: int) -> list[int]:
-        if round_ not in self._order:
+    def _taken(self, seed: str, step: int, slot: int, batch: int, objective: str) -> Episode | str:
+        """seed: of the order of tasks and of all that is drawn"""
+        round_, place = divmod(step * batch + slot, len(self._tasks))
+        number = self._in_round(seed, round_)[place]
+        try:
+            return self._drawn(number, Random(f"{seed}/{step}/{slot}"), objective)
+        except UsageProblem as problem:
+            return f"{self._tasks[number].id}: {problem}"
+
+    def _in_round(self, seed: str, round_: int) -> list[int]:
+        kept = self._orders.get(seed)
+        if kept is None or kept[0] != round_:
             order = list(range(len(self._tasks)))
-            Random(f"{self._seed}/{round_}").shuffle(order)
-            self._order = {round_: order}
-        return self._order[round_]
+            Random(f"{seed}/{round_}").shuffle(order)
+            self._orders[seed] = kept = (round_, order)
+        return kept[1]
 
-    def _drawn(self, number: int, draw: Random) -> Episode:
+    def _drawn(self, number: int, draw: Random, objective: str) -> Episode:
         from regrad_cli.learn.meta import Episode
 
         task, rules = self._tasks[number], self._rules
@@ -129,9 +137,9 @@ class Episodes:
             nearest = self._nearest(questions[0].question, number, rules.k - len(chosen))
             chosen += [(self._tasks[other], place) for other, place in nearest]
         shown = [False] * len(questions)
-        if rules.objective == "rag":
+        if objective == "rag":
             shown = [True] * len(questions)
-        elif rules.objective == "regrad" and draw.random() < rules.mix_context:
+        elif objective == "regrad" and draw.random() < rules.mix_context:
             shown[0] = True
         in_prompt = [training_text(one.title, one.passages[place]) for one, place in chosen]
         draw.shuffle(in_prompt)
@@ -139,7 +147,7 @@ class Episodes:
             self.prompted(question.question, question.answers[0], in_prompt if show else ())
             for question, show in zip(questions, shown, strict=True)
         ]
-        if rules.objective != "regrad":
+        if objective != "regrad":
             return Episode(task.id, (), tuple(prompted))
         parts = [self._parts(one, place) for one, place in chosen]
         texts = [one.embedding_texts[place] for one, place in chosen]

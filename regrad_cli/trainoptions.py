@@ -27,7 +27,8 @@ HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 class MetaTrainOptions:
     """What to learn from, and how.
 
-    steps           how many; batch: tasks in each
+    steps           how many; batch: tasks in each; reading: further tasks in each that are read at θ itself, with their
+                    passages in the prompt and no gradient of them
     dev             task files to validate on and choose the best by; none: the last step's prior is the result
     init            a prior to begin with, or "shipped"; None: a seeded start
     learning_rate   of θ; step_rate: of log α
@@ -55,6 +56,7 @@ class MetaTrainOptions:
     step_rate: float = 1e-2
     rank: int | None = None
     mix_context: float = 0.25
+    reading: int = 0
     strangers: float = 0.4
     k: int = 3
     segments: int | None = None
@@ -75,7 +77,16 @@ class MetaTrainOptions:
         strangers = self.strangers if self.objective != "direct" else 0.0
         segments = self.segments or SEGMENTS
         shared_by = self.segment_temperature or SEGMENT_TEMPERATURE
-        return EpisodeRules(self.objective, self.mix_context, strangers, self.k, segments, shared_by, self.questions)
+        return EpisodeRules(
+            objective=self.objective,
+            mix_context=self.mix_context,
+            reading=self.reading,
+            strangers=strangers,
+            k=self.k,
+            segments=segments,
+            segment_temperature=shared_by,
+            questions=self.questions,
+        )
 
     def settled(self, card: Mapping[str, Any]) -> MetaTrainOptions:
         """With everything decided that the card of the prior to begin with decides; {} without one."""
@@ -100,6 +111,12 @@ def refuse(options: MetaTrainOptions) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UsageProblem(f"{name.replace('_', '-')} must be at least 1")
+    if options.reading < 0:
+        raise UsageProblem("--reading must not be below 0")
+    if options.reading and options.objective != "regrad":
+        raise UsageProblem(
+            f"objective {options.objective} has no other tasks for --reading to stand beside", "leave --reading out"
+        )
     for name in ("mix_context", "strangers"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageProblem(f"--{name.replace('_', '-')} is a share, between 0 and 1")

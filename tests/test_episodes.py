@@ -124,6 +124,19 @@ def test_a_baseline_takes_no_gradient_and_sees_passages_always_or_never(
         assert sum(seen) == shown
 
 
+def test_tasks_of_reading_stand_beside_those_with_gradients_and_change_none(model: Model) -> None:
+    alone, beside = episodes(model), episodes(model, reading=COUNT)
+    for step in range(3):
+        found = beside.at(step, 2)
+        assert found[:2] == alone.at(step, 2)
+        reading = found[2:]
+        assert sorted(each.name for each in reading) == sorted(task.id for task in TASKS)
+        for episode in reading:
+            assert episode.passages == () and {each.weights for each in episode.questions} == {()}
+            assert all("is called" in words(model, each.ids[: each.start]) for each in episode.questions)
+    assert beside.at(1, 2)[2:] == episodes(model, reading=COUNT).at(1, 2)[2:] != beside.at(2, 2)[2:]
+
+
 def test_shown_and_summed_passages_are_the_same_and_shown_in_any_order(model: Model) -> None:
     tasks = [task(number, passages=3) for number in range(COUNT)]
     firsts = Counter()

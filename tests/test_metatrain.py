@@ -77,8 +77,8 @@ def refusing(patch: pytest.MonkeyPatch, names: set[str]) -> None:
     """Episodes of these tasks are not made at all."""
     real = metatrain.Episodes._drawn
 
-    def drawn(self: Any, number: int, draw: Any) -> Any:
-        found = real(self, number, draw)
+    def drawn(self: Any, number: int, *args: Any) -> Any:
+        found = real(self, number, *args)
         if self._tasks[number].id in names:
             raise UsageProblem("left out here")
         return found

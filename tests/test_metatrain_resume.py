@@ -458,10 +458,12 @@ def test_options_that_cannot_be_are_refused(plain: MetaTrainOptions, nothing_com
     wrong: dict[str, Any] = {
         "objective": "none", "steps": 0, "batch": 0, "k": 0, "questions": 0, "rank": 0, "validate_every": 0,
         "dev_tasks": 0, "mix_context": 1.5, "strangers": math.nan, "learning_rate": 0.0, "temperature": math.nan,
-        "step_rate": math.nan, "codec": "zip",
+        "step_rate": math.nan, "codec": "zip", "reading": -1,
     }  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(UsageProblem):
             run(replace(plain, **{name: value}))
     with pytest.raises(UsageProblem):
         run(replace(plain, learning_rate=math.inf))
+    with pytest.raises(UsageProblem, match="for --reading to stand beside"):
+        run(replace(plain, objective="rag", reading=1))

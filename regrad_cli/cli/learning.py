@@ -68,6 +68,14 @@ def meta_train(
         float,
         typer.Option("--mix-context", metavar="P", help="Share of tasks of which a question also sees the passages."),
     ] = 0.25,
+    reading: Annotated[
+        int,
+        typer.Option(
+            "--reading",
+            metavar="N",
+            help="Beside them N tasks a step with the passages in the prompt and no gradients.",
+        ),
+    ] = 0,
     strangers: Annotated[
         float,
         typer.Option("--strangers", metavar="P", help="Share of tasks with other tasks' passages among their own."),
@@ -150,6 +158,7 @@ def meta_train(
             step_rate=step_rate,
             rank=rank,
             mix_context=mix_context,
+            reading=reading,
             strangers=strangers,
             k=k,
             segments=segments,
