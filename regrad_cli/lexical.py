@@ -52,10 +52,10 @@ class Lexicon:
     def terms(self, text: str) -> Terms:
         """The text's words as numbers, in order, stopwords left out, (n,) int32."""
         known, words = self._words, words_of(plain(text))
-        numbers = list(map(known.get, words))
-        if None in numbers:
-            numbers = [known[word] if word in known else self._learn(word) for word in words]
-        terms = np.array(numbers, np.int32)
+        try:
+            terms = np.array([*map(known.__getitem__, words)], np.int32)
+        except KeyError:  # words that were not met before
+            terms = np.array([known[word] if word in known else self._learn(word) for word in words], np.int32)
         return terms[terms >= 0]
 
     def _learn(self, word: str) -> int:

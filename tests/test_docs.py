@@ -199,7 +199,7 @@ def test_the_format_page_has_every_field_tensor_and_folder() -> None:
     body = json.loads(_manifest().to_bytes()[0])
     names = {*body, *BankSettings.__dataclass_fields__, *manifest.ShardEntry.__dataclass_fields__}
     names |= {*manifest.BLOCKS, *(field.name for field in fields(manifest.IndexEntry))}
-    names |= {*shards.expected_tensors(body_settings(), 1), *shards._FIELDS, *(field.name for field in fields(Passage))}
+    names |= {*shards.expected_tensors(body_settings(), 1), *(field.name for field in fields(Passage))}
     written = set(re.findall(r"\w+", " ".join([*spans(FORMAT), *blocks(FORMAT)])))
     assert names - written == set()
     assert all(f"  {folder}/" in FORMAT for folder in layout.FOLDERS)

@@ -22,7 +22,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,15 +39,10 @@ LINE_LIMIT = 16 << 20  # bytes of one passage with its source and title
 ROW_COST_BYTES = 64 << 10  # what is read and hashed in the time that a row of its own takes beside its bytes (60 µs)
 _ROW = b"gbank row 1\0"
 DTYPES = {"I64": "<i8", "I32": "<i4", "F16": "<f2", "U8": "|u1"}
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "document": (str,),
-    "source": (str,),
-    "title": (str,),
-    "ordinal": (int,),
-    "offset": (int,),
-    "tokens": (int,),
-    "text": (str, type(None)),
-}
+_FIELDS = tuple(field.name for field in fields(Passage))
+_NAMES = frozenset(_FIELDS)
+_KINDS = {(str, str, str, int, int, int, text) for text in (str, type(None))}  # exactly: JSON's true is an int too
+_values = attrgetter(*_FIELDS)
 
 
 class TensorPlace(NamedTuple):
@@ -101,12 +97,12 @@ def parse_line(line: bytes) -> Passage:
         value = json.loads(line.decode())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict) or value.keys() != _FIELDS.keys():
+    if not isinstance(value, dict) or value.keys() != _NAMES:
         raise ValueError("other fields than a passage's")
-    for field, kind in _FIELDS.items():
-        if type(value[field]) not in kind:
-            raise ValueError(f"{field} is of another type")
-    return Passage(**value)
+    passage = Passage(**value)
+    if tuple(map(type, _values(passage))) not in _KINDS:
+        raise ValueError("a field is of another type")
+    return passage
 
 
 def row_checksum(key: bytes, codes: bytes, scales: bytes, embedding: bytes, line: bytes) -> bytes:

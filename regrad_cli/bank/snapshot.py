@@ -246,12 +246,10 @@ class Snapshot:
             if not any(shard.first <= end and start <= shard.last for start, end in meant):
                 continue
             reader = self._reader(position)
-            numbers = np.unique(reader.documents()[reader.live()])
-            if prefix is not None:
-                low = np.uint64(int(prefix.ljust(16, "0"), 16))
-                high = np.uint64(int(prefix.ljust(16, "f"), 16))
-                found.update(numbers[(numbers >= low) & (numbers <= high)].tolist())
-            found.update(exact & set(numbers.tolist()))
+            numbers = reader.documents()[reader.live()]
+            for start, end in meant:
+                fits = (numbers >= np.uint64(int(start, 16))) & (numbers <= np.uint64(int(end, 16)))
+                found.update(numbers[fits].tolist())
         if found & exact:  # a source wins over an id that looks like it
             found &= exact
         if not found:

@@ -71,7 +71,8 @@ class Writer:
         self._own: list[Manifest] = []  # of the snapshots this writer committed; the older ones are dropped again
         self._broken = False
         self._merging = True  # small shards, until one cannot be
-        self._documents: Counter[int] | None = None
+        self._held: npt.NDArray[np.uint64] | None = None
+        self._changes: Counter[int] = Counter()  # of the live rows of documents, since `_held` was read
         self._forget_staged()
 
     def __enter__(self) -> Writer:
@@ -170,7 +171,7 @@ class Writer:
         if not self._passages and tuple(shards) == before.shards:
             self._forget_staged()
             return before.number
-        documents = self._live_documents()  # read before anything is written: a damaged bank is noticed here
+        held = self._held_documents()  # read before anything is written: a damaged bank is noticed here
         with files.storage("write to the bank"):
             self._write_shards(shards)
         changed: Counter[int] = Counter()
@@ -180,16 +181,14 @@ class Writer:
             if shard != old:
                 tokens += self._count(shard, 1, changed) - self._count(old, -1, changed)
         counts = Counts(
-            documents=before.counts.documents
-            + sum((documents[number] + change > 0) - (documents[number] > 0) for number, change in changed.items()),
+            documents=before.counts.documents + self._documents_more(held, changed),
             passages=sum(shard.live for shard in shards),
             tokens=tokens,
             dead=sum(shard.dead for shard in shards),
         )
         merged = self._merged(shards, before.settings, self._found, len(before.shards))
         number = self._publish(replace(before, operation=operation, shards=merged, counts=counts))
-        for document, change in changed.items():
-            documents[document] += change
+        self._changes.update(changed)
         self._forget_staged()
         return number
 
@@ -262,14 +261,22 @@ class Writer:
 
     # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _live_documents(self) -> Counter[int]:
-        """Live rows of each document, by its id as a number; read once a writer."""
-        if self._documents is None:
-            documents: Counter[int] = Counter()
+    def _held_documents(self) -> npt.NDArray[np.uint64]:
+        """Whose every live row was when the first change came: documents' ids as numbers, ascending; read once."""
+        if self._held is None:
+            parts = [np.zeros(0, np.uint64)]
             for shard in self.snapshot.manifest.shards:
-                self._count(shard, 1, documents)
-            self._documents = documents
-        return self._documents
+                reader = ShardReader(Folder(self.path), shard, self.snapshot.settings)
+                parts.append(reader.documents()[reader.live()])
+            self._held = np.sort(np.concatenate(parts))
+        return self._held
+
+    def _documents_more(self, held: npt.NDArray[np.uint64], changed: Counter[int]) -> int:
+        """How many documents more have a live row, once so many rows of each came (or, below 0, went)."""
+        numbers = np.fromiter(changed, np.uint64, len(changed))
+        rows = np.searchsorted(held, numbers, "right") - np.searchsorted(held, numbers, "left")
+        before = [had + self._changes[number] for had, number in zip(rows.tolist(), changed, strict=True)]
+        return sum((had + more > 0) - (had > 0) for had, more in zip(before, changed.values(), strict=True))
 
     def _count(self, shard: ShardEntry | None, sign: int, documents: Counter[int]) -> int:
         """Adds a shard's live rows to `documents`, `sign` times, and returns their tokens."""
