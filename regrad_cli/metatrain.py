@@ -117,7 +117,7 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """What a run must share with the one it goes on from."""
-        free = ("out", "tasks", "dev", "init", "device", "checkpoint_s")
+        free = ("out", "tasks", "dev", "init", "device", "checkpoint_s", "keep")
         kept = {name: value for name, value in asdict(self.options).items() if name not in free}
         init = None if self.init is None else sha256_hex(self.init)
         return kept | self.data | {"init": init, "model": self.identity.model}
@@ -346,13 +346,16 @@ class _Run:
             problem = NonFinite if training.failed else UsageProblem
             raise problem(f"nothing was learned: every task was left out, the last was {self.skipped[-1]}")
         step, theta, logs = training.step, training.theta, training.log_steps
-        if training.best is not None:
+        if training.best is not None and self.options.keep == "best":
             step, theta, logs = training.best.step, training.best.theta, training.best.log_steps
         losses = last_losses(self.files.entries, step)
         if self.options.step_rate == 0 or self.options.objective != "regrad":
             logs = start.log_step_sizes  # in all their digits
         card = self._card(model, step, training.steps, losses, start.rank)
-        self.files.finish(replace(start, tensors=theta, log_step_sizes=logs, card=card).to_bytes())
+        if not step:  # nothing was better than what it began with: what was learned stays beside it, for --keep last
+            self._keep(training)
+        prior = replace(start, tensors=theta, log_step_sizes=logs, card=card)
+        self.files.finish(prior.to_bytes(), over=step > 0)
         skipped = tuple(dict.fromkeys(self.skipped))
         return Trained(str(self.options.out), training.step, step, losses, len(self.tasks), skipped, self.before_s)
 

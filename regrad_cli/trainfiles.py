@@ -69,9 +69,10 @@ class TrainFiles:
     # ── going on ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def kept(self, settings: Mapping[str, Any]) -> bytes | None:
-        """What an earlier process has kept of this run; None where there is nothing.
+        """What an earlier process has kept of this run; None where there is nothing, or only what a run with other
+        settings left at its end.
 
-        raises  UsageProblem where it was a run with other settings, naming them; Damaged where it cannot be read
+        raises  UsageProblem in the middle of a run with other settings, naming them; Damaged where it cannot be read
         """
         try:
             data = self.resume.read_bytes()
@@ -79,8 +80,10 @@ class TrainFiles:
             return None
         except OSError as error:
             raise UsageProblem(f"{self.resume} cannot be read: {error.strerror}") from None
-        theirs, ours = self._settings_in(data), json.loads(json.dumps(settings))
+        (theirs, step), ours = self._told_in(data), json.loads(json.dumps(settings))
         other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if other and step == theirs.get("steps"):
+            return None
         if other:
             told = (_difference(name, theirs.get(name), ours.get(name)) for name in other)
             raise UsageProblem(
@@ -89,12 +92,14 @@ class TrainFiles:
             )
         return data
 
-    def _settings_in(self, data: bytes) -> dict[str, Any]:
+    def _told_in(self, data: bytes) -> tuple[dict[str, Any], Any]:
+        """The settings of its run, and how many steps that had done."""
         length = int.from_bytes(data[:8], "little")
         try:
-            found = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["settings"])
-            if isinstance(found, dict):
-                return found
+            told = json.loads(data[8 : 8 + length])["__metadata__"]
+            settings, step = json.loads(told["settings"]), json.loads(told["card"])["step"]
+            if isinstance(settings, dict):
+                return settings, step
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise self.damaged()
@@ -136,13 +141,14 @@ class TrainFiles:
 
     # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def finish(self, prior: bytes) -> None:
-        """The result and its curve; nothing to go on from is left. raises StorageFailed"""
+    def finish(self, prior: bytes, *, over: bool = True) -> None:
+        """The result and its curve; once the run is over, nothing to go on from is left. raises StorageFailed"""
         self._replace(self.out, prior)
         title = escape(visible_line(self.out.name))
         page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>{self._chart()}</html>\n'
         self._replace(self.curve, page.encode())
-        self.resume.unlink(missing_ok=True)
+        if over:
+            self.resume.unlink(missing_ok=True)
 
     def _chart(self) -> str:
         from regrad_cli.charts import line_chart

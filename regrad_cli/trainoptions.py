@@ -19,6 +19,7 @@ from regrad_cli.tasks import Task
 RANK = 8
 SEGMENTS = 1
 EXACT = "none"  # in a codec's place
+KEPT = ("best", "last")
 TEMPERATURE = 0.05
 HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 
@@ -40,6 +41,7 @@ class MetaTrainOptions:
                     SEGMENT_TEMPERATURE
     codec           gradients of the inner step go through this codec, straight through; "none": exact ones; None: what
                     `init` was learned through
+    keep            which step's prior is the result: "best", by the dev tasks, or "last"
     validate_every  steps; checkpoint_s: seconds between files to go on from
     """
 
@@ -66,6 +68,7 @@ class MetaTrainOptions:
     first_order: bool = False
     codec: str | None = None
     seed: int = 0
+    keep: str = KEPT[0]
     validate_every: int = 100
     dev_tasks: int = 96
     checkpoint_s: float = 120.0
@@ -107,6 +110,8 @@ def refuse(options: MetaTrainOptions) -> None:
     """raises UsageProblem for what cannot be done"""
     if options.objective not in OBJECTIVES:
         raise UsageProblem(f"there is no objective '{options.objective}'", f"use one of {', '.join(OBJECTIVES)}")
+    if options.keep not in KEPT:
+        raise UsageProblem(f"there is no step '{options.keep}' to keep", f"use one of {', '.join(KEPT)}")
     for name in ("steps", "batch", "k", "segments", "questions", "rank", "validate_every", "dev_tasks"):
         number = getattr(options, name)
         if number is not None and number < 1:

@@ -184,7 +184,8 @@ def test_a_run_of_nothing_but_long_tasks_says_that(plain: MetaTrainOptions) -> N
 def test_skipped_tasks_are_told_of_by_a_run_that_went_on_too(tmp_path: Path, nan_model: Path) -> None:
     given = with_bad(tmp_path, nan_model, bad=(2, 5))
     expected = trained(given).skipped
-    given.out.unlink()
+    for file in given.out.parent.glob(f"{given.out.name}*"):
+        file.unlink()
     started(given, 5)
     assert set(trained(given).skipped) == set(expected) and len(expected) == 2
 
@@ -235,6 +236,24 @@ def test_the_best_validation_is_kept_not_the_last(
         assert len(event.skipped) == left_out
         assert event.chosen == pytest.approx(sum(filter(math.isfinite, losses)) / (3 - left_out))
     assert set(events[-1].skipped) == {told for event in validated for told in event.skipped}
+
+
+def test_what_was_learned_is_not_lost_where_no_step_was_better_than_the_start(
+    plain: MetaTrainOptions, monkeypatch: Any
+) -> None:
+    seen = scripted(monkeypatch, [[1.0] * 3, [2.0] * 3, [2.5] * 3, [3.0] * 3])
+    assert trained(plain).best_step == 0
+    assert all(torch.equal(tensor, seen[0][name]) for name, tensor in prior_of(plain).tensors.items())
+    again = trained(replace(plain, keep="last"))  # which learns nothing anew: the script has no more losses
+    assert again.best_step == 6 and again.losses == dict.fromkeys(again.losses, 3.0)
+    assert all(torch.equal(tensor, seen[3][name]) for name, tensor in prior_of(plain).tensors.items())
+    assert not plain.out.with_name(plain.out.name + ".resume").exists()
+
+
+def test_what_a_run_left_at_its_end_is_in_no_other_runs_way(plain: MetaTrainOptions, monkeypatch: Any) -> None:
+    scripted(monkeypatch, [[1.0] * 3, [2.0] * 3, [2.0] * 3, [2.0] * 3, [1.0] * 3, [0.5] * 3, [2.0] * 3])
+    assert trained(plain).best_step == 0
+    assert trained(replace(plain, steps=4)).best_step == 2
 
 
 def test_the_choice_survives_a_kill(plain: MetaTrainOptions, monkeypatch: Any) -> None:

@@ -458,7 +458,7 @@ def test_options_that_cannot_be_are_refused(plain: MetaTrainOptions, nothing_com
     wrong: dict[str, Any] = {
         "objective": "none", "steps": 0, "batch": 0, "k": 0, "questions": 0, "rank": 0, "validate_every": 0,
         "dev_tasks": 0, "mix_context": 1.5, "strangers": math.nan, "learning_rate": 0.0, "temperature": math.nan,
-        "step_rate": math.nan, "codec": "zip", "reading": -1,
+        "step_rate": math.nan, "codec": "zip", "reading": -1, "keep": "first",
     }  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(UsageProblem):

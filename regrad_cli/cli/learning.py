@@ -15,6 +15,13 @@ from regrad_cli.render import Terminal
 from regrad_cli.trainevents import Trained, TrainStep, Validated
 
 
+class Keep(StrEnum):
+    """Which step's prior is the result."""
+
+    best = "best"
+    last = "last"
+
+
 class Objective(StrEnum):
     """What is learned."""
 
@@ -123,6 +130,10 @@ def meta_train(
     validate_every: Annotated[
         int, typer.Option("--validate-every", metavar="N", min=1, help="Steps between validations.")
     ] = 100,
+    keep: Annotated[
+        Keep,
+        typer.Option("--keep", metavar="best|last", help="Which step's prior FILE will be: the dev tasks' best."),
+    ] = Keep.best,
     model: Annotated[
         str | None, typer.Option("--model", metavar="NAME", help="starter, a local folder, a GGUF file or a hub id.")
     ] = None,
@@ -168,6 +179,7 @@ def meta_train(
             first_order=first_order,
             codec=through,
             validate_every=validate_every,
+            keep=keep.value,
             seed=seed,
             **options,
         )
@@ -212,6 +224,11 @@ def _validated(terminal: Terminal, event: Validated) -> None:
 
 
 def _trained(terminal: Terminal, event: Trained) -> None:
+    if not event.best_step:
+        terminal.notice(
+            "no step was better on the dev tasks than what it began with, so that is in the file; "
+            "the same command with --keep last puts what was learned there"
+        )
     if terminal.json:
         terminal.record({"type": "trained", **asdict(event)})
         return
