@@ -135,7 +135,7 @@ def _take(place: Bench, column: Column, step: Step, folder: Path) -> None:
         column.found[step.name] = middle, {"cpu_s": statistics.median(ran.cpu_s for ran in turns["stats"])}
         return
     given = [each.format(rows=column.rows) for each in step.given]
-    if step.operation == "ingest":
+    if step.operation in ("ingest", "add"):
         given.append(column.kind)
     ran = place.python("rowwork", step.operation, folder, *given)
     column.found[step.name] = ran, json.loads(ran.stdout)

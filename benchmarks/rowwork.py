@@ -66,10 +66,10 @@ def ingest(clock: Clock, folder: Path, total: int, kind: str = "small") -> dict[
     return counts | {"first_s": statistics.median(commits[:16]), "last_s": statistics.median(commits[-16:])}
 
 
-def add(clock: Clock, folder: Path, total: int) -> dict[str, Any]:
+def add(clock: Clock, folder: Path, total: int, kind: str = "small") -> dict[str, Any]:
     """One new document into the bank: a writer opened, one commit, the end."""
     os.environ["REGRAD_INDEX_FROM"] = str(10**12)
-    made_for = settings("small")
+    made_for = settings(kind)
     batch = rows(made_for, 10**9 // PASSAGES + total, PASSAGES)
     with clock, write_bank(folder / "bank") as writer:
         writer.add(*batch)
@@ -117,14 +117,16 @@ def query(clock: Clock, folder: Path, total: int, name: str = "bank") -> dict[st
 
 def ask(clock: Clock, folder: Path, total: int) -> dict[str, Any]:
     """What one cold `ask` does with the bank: opened, searched, three rows read, proved and decoded on the CPU."""
-    from regrad_cli.learn.codec import Codec
+    from regrad_cli.learn.rows import layout_of
     from regrad_cli.retrieval import Retriever
 
     text, vector, wanted = next(questions(total))
     with clock, open_bank(folder / "bank") as bank:
         hits = Retriever(bank, "fused").find(text, lambda _: vector, FOUND)
         found = bank.read_rows([hit.ref for hit in hits])
-        Codec(bank.settings.codec, bank.settings.tensors).decode(found.codes, found.scales)
+        layout = layout_of(bank.settings)
+        parts = layout.split(found.codes, found.scales)
+        layout.codec.decode(parts.codes, parts.scales)
     return {"right": int(hits[0].passage.id == wanted)}
 
 
