@@ -58,6 +58,11 @@ def export(
     with Answerer(
         bank, modes={"regrad"}, device=device, snapshot=snapshot, skip_damaged=skip_damaged, model=model, search=search
     ) as answerer:
+        if not answerer.passages:
+            raise UsageProblem(
+                "the bank holds no passages, so there is nothing to adapt the model with",
+                "`regrad ingest FOLDER` adds some" if snapshot is None else "leave out --snapshot, or name a later one",
+            )
         found = yield from answerer.retrieve(question, options)
         if not found.hits:
             raise UsageProblem(

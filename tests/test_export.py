@@ -404,6 +404,20 @@ def test_where_nothing_fits_nothing_is_written_and_the_way_out_is_named(made: Pa
     assert not out.parent.exists()
 
 
+def test_of_an_empty_bank_the_way_out_is_to_fill_it(
+    tmp_path: Path, out: Path, tiny_model_folder: Path, tiny_embedder_folder: Path
+) -> None:
+    bank = use_cases.make_bank(tmp_path / ".gbank", tiny_model_folder, tiny_embedder_folder)
+    with pytest.raises(UsageProblem, match="no passages") as refused:
+        export(bank, out)
+    assert "ingest" in refused.value.hint and "--min-score" not in refused.value.hint
+    ingest(bank, write(tmp_path / "docs", {"Velmora.md": story("Velmora")}))
+    with pytest.raises(UsageProblem, match="no passages") as refused:
+        export(bank, out, snapshot=1)
+    assert "--snapshot" in refused.value.hint
+    assert not out.parent.exists()
+
+
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
