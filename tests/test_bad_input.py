@@ -397,6 +397,28 @@ def test_a_bank_that_init_made_in_the_folder_itself_is_named(tmp_path: Path, mon
     assert call("bank", "ls", "--bank", ".").code == 0
 
 
+def test_a_folder_with_other_things_is_no_place_for_a_bank_and_the_hint_names_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = (["bank", "ls"], ["bank", "repair"], ["diff", "@-1"])
+    hints = {call(*each, "--bank", tmp_path, "--json").error["hint"] for each in words}
+    hints.add(call("diff", tmp_path, tmp_path, "--json").error["hint"])
+    assert hints == {f"`regrad init {tmp_path / '.gbank'}` makes one"}
+    made(tmp_path / ".gbank")
+    assert call("bank", "ls", "--bank", tmp_path / ".gbank").code == 0
+
+
+@pytest.mark.parametrize("left", [(), ("tmp",), ("tmp", "mine")])
+def test_what_a_killed_init_leaves_is_finished_in_its_place(tmp_path: Path, left: tuple[str, ...]) -> None:
+    bank = tmp_path / "bank"
+    bank.mkdir()
+    if left:
+        (bank / "lock").touch()
+    for name in left:
+        (bank / name).mkdir()
+    place = bank / ".gbank" if "mine" in left else bank
+    assert call("bank", "ls", "--bank", bank, "--json").error["hint"] == f"`regrad init {place}` makes one"
+
+
 def test_banks_of_different_models_differ_in_their_settings_and_have_no_cosine(bank: Path, tmp_path: Path) -> None:
     other = made(tmp_path / "y" / ".gbank", model="9" * 64, model_name="another", tokenizer="8" * 64)
     shown = call("diff", bank, other)

@@ -65,7 +65,7 @@ def check_format(path: Path) -> None:
                 f"`regrad bank unpack {path} DIR` makes a folder of it, which can",
             )
     if not layout.looks_like_a_bank(path):
-        raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
+        raise layout.no_bank(path)
     try:
         if (path / layout.FORMAT_FILE).is_symlink():  # whose first bytes the error below would tell
             raise DamagedFile(layout.FORMAT_FILE, "is a link")
