@@ -253,11 +253,20 @@ class Snapshot:
         if found & exact:  # a source wins over an id that looks like it
             found &= exact
         if not found:
-            raise UsageProblem(f"there is no document {name!r} in the bank", "`regrad bank ls` lists ids and sources")
+            raise self._no_document(name)
         if len(found) > 1:
             listed = ", ".join(f"{number:016x}" for number in sorted(found)[:5])
             raise UsageProblem(f"{len(found)} documents begin with {name!r}: {listed}", "give more of the id")
         return f"{found.pop():016x}"
+
+    def _no_document(self, name: str) -> UsageProblem:
+        """Nothing has this id or source, but records of a file may be documents, which only reading all lines tells."""
+        for position in range(len(self.manifest.shards)):
+            with suppress(DamagedFile, ValueError):
+                if record := self._reader(position).record_of(name):
+                    way_out = "records are documents of their own: name those; `regrad bank ls` lists ids and sources"
+                    return UsageProblem(f"there is no document {name!r} in the bank, but {record!r} is one", way_out)
+        return UsageProblem(f"there is no document {name!r} in the bank", "`regrad bank ls` lists ids and sources")
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
