@@ -267,6 +267,14 @@ def test_documents_are_found_by_id_beginning_and_source(tmp_path: Path) -> None:
                 snapshot.find_document(unknown)
 
 
+@pytest.mark.parametrize(("name", "told"), [("{:.3}", True), ("A", True), ("", False), ("x7", False), ("0000", False)])
+def test_too_little_of_an_id_is_told_as_that(tmp_path: Path, name: str, told: bool) -> None:
+    bank = make_bank(tmp_path / "b", [("a.md", 1)])
+    with open_bank(bank) as snapshot, pytest.raises(UsageProblem, match="there is no document") as refused:
+        snapshot.find_document(name.format(document_id("a.md")))
+    assert ("4 digits at least" in refused.value.hint) is told
+
+
 @pytest.mark.parametrize("file", ["notes/a.jsonl", 'a "quoted" \\ file.csv', "stdin#faq", "dépôt.csv"])
 def test_a_file_whose_records_are_documents_names_one_of_them(tmp_path: Path, file: str) -> None:
     bank = make_bank(tmp_path / "b", [("a.md", 2), (f"{file}#1", 1)], [(f"{file}#q7", 2), (f"{file}x", 1)])
