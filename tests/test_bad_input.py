@@ -207,6 +207,20 @@ def test_each_has_its_sentence_and_its_exit_code(bank: Path, tmp_path: Path, cas
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("words", [["bank", "verify"], ["bank", "ls"]])
+@pytest.mark.parametrize("damaged", [text_of, newest])
+def test_no_repair_is_named_that_would_refuse_a_newer_versions_bank(
+    bank: Path, words: list[str], damaged: Callable[[Path], Path]
+) -> None:
+    rewrite(bank, writer_flags=["counted"])
+    assert call(*words, "--bank", bank).code == 0
+    flip(damaged(bank))
+    error = call(*words, "--bank", bank, "--json").error
+    assert (error["code"], error["kind"]) == (14, "damaged")
+    assert error["hint"].startswith("this version cannot write to the bank: it uses counted; install a newer regrad")
+    assert "puts right" not in error["hint"]
+
+
 # ── disks and other processes ───────────────────────────────────────────────────────────────────────────────────────
 
 
