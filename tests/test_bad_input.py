@@ -397,6 +397,12 @@ def test_a_packed_bank_cut_anywhere_is_14_or_10_and_unpacks_to_nothing(bank: Pat
     told(["bank", "ls", "--bank", file], 14, "damaged", "bytes, not", "get the file again")
 
 
+@pytest.mark.parametrize("words", [["pack", ""], ["unpack", "", "OUT"], ["unpack", "x.gbank", ""]], ids=" ".join)
+def test_an_empty_path_of_a_packed_bank_is_refused(tmp_path: Path, words: list[str]) -> None:
+    told(["bank", *(tmp_path / "out" if word == "OUT" else word for word in words)], 2, "usage", "a path is empty")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["n" * 300, "~~", "no\nfile", "."])
 def test_what_is_to_be_unpacked_and_is_not_there_is_told(tmp_path: Path, name: str) -> None:
     shown = call("bank", "unpack", name, tmp_path / "out")
