@@ -182,6 +182,12 @@ class Answerer:
         return self._opened.snapshot.settings
 
     @property
+    def passages(self) -> int:
+        """How many passages the bank holds."""
+        assert self._opened is not None
+        return self._opened.snapshot.manifest.counts.passages
+
+    @property
     def model_folder(self) -> Path:
         """Where the bank's model lies, once something was retrieved."""
         assert self._opened is not None and self._opened.engine is not None, "retrieve() comes first"

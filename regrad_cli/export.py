@@ -5,9 +5,11 @@ Loads no weights of the language model: a bank's rows, its prior and the model's
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from regrad_cli.answer import Answerer, AskOptions, used
@@ -19,6 +21,9 @@ from regrad_cli.records import Exported, Notice
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be; the first if not set
 # What PEFT writes into such a folder: what --force may remove.
 OF_AN_ADAPTER = frozenset({"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"})
+# What the system answers where the place is wrong, and not the disk.
+OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS}
+OF_THE_PLACE |= {errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 def export(
@@ -40,18 +45,24 @@ def export(
     out     the folder to make: whole, or not at all
     dtype   the number format of the adapter's tensors; `auto` is fp32
     force   replaces an adapter that is there
-    raises  UsageProblem where nothing in the bank fits, or `out` holds something; StorageFailed where it cannot be
-            written; Damaged where a passage it needs is damaged
+    raises  UsageProblem where nothing in the bank fits, or `out` holds something or is no place to write to;
+            StorageFailed where the disk does not take it; Damaged where a passage it needs is damaged
     """
     if not question.strip():
         raise UsageProblem("the question is empty")
-    out = expanded(out).resolve()
+    out = Path(os.path.realpath(expanded(out)))
     if bank.resolve() in (out, *out.parents):
         raise UsageProblem(f"{out} is in the bank's own folder", "name a folder elsewhere")
-    _refuse_taken(out, force)
+    with _writing(out):
+        _refuse_taken(out, force)
     with Answerer(
         bank, modes={"regrad"}, device=device, snapshot=snapshot, skip_damaged=skip_damaged, model=model, search=search
     ) as answerer:
+        if not answerer.passages:
+            raise UsageProblem(
+                "the bank holds no passages, so there is nothing to adapt the model with",
+                "`regrad ingest FOLDER` adds some" if snapshot is None else "leave out --snapshot, or name a later one",
+            )
         found = yield from answerer.retrieve(question, options)
         if not found.hits:
             raise UsageProblem(
@@ -114,9 +125,9 @@ def _refuse_taken(out: Path, force: bool) -> None:
 def _write_folder(out: Path, files: Mapping[str, bytes], force: bool) -> None:
     """Makes the folder beside its place and renames it there: what is at `out` is whole at every moment.
 
-    raises  UsageProblem where `out` was taken meanwhile; StorageFailed
+    raises  UsageProblem where `out` was taken meanwhile or is no place to write to; StorageFailed
     """
-    try:
+    with _writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as work:
             made, old = Path(work) / "made", Path(work) / "old"
@@ -135,8 +146,18 @@ def _write_folder(out: Path, files: Mapping[str, bytes], force: bool) -> None:
                 if old.exists():
                     old.rename(out)
                 raise
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """raises  UsageProblem for what is wrong with the place, StorageFailed for what is wrong with the disk"""
+    try:
+        yield
     except OSError as error:
+        why = str(error.strerror or error) + (f" ({error.filename})" if error.filename else "")
+        if error.errno in OF_THE_PLACE:
+            raise UsageProblem(f"{out} cannot be written: {why}", "give --out a folder in one that is yours") from error
         raise StorageFailed(
-            f"could not write the adapter to {out}: {error.strerror or error}",
+            f"could not write the adapter to {out}: {why}",
             "nothing was changed; make room, or name another folder with --out",
         ) from error

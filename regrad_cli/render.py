@@ -7,16 +7,17 @@ progress bar on a terminal.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from regrad_cli.errors import EXIT_INTERRUPTED, UsageProblem, describe_error
@@ -38,6 +39,21 @@ class Column:
     share: int | None = None
 
 
+class _ClosedOutput(io.StringIO):
+    """In the place of a standard output that was closed: a flush says once that what was printed is lost."""
+
+    is_lost = False
+
+    def write(self, text: str) -> int:
+        self.is_lost = True
+        return len(text)
+
+    def flush(self) -> None:
+        lost, self.is_lost = self.is_lost, False
+        if lost:
+            raise OSError(errno.EBADF, "standard output is closed, and what was to be printed is lost")
+
+
 class Terminal:
     """The streams of one process, what they are, and how much is to be said on them.
 
@@ -57,12 +73,14 @@ class Terminal:
 
     @classmethod
     def of_process(cls) -> Terminal:
-        """The terminal of this process. A closed stream reads as empty and swallows what is written."""
+        """The terminal of this process. A closed stdin reads as empty, a closed stderr swallows what is said."""
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        null = Path(os.devnull).open("r+")  # noqa: SIM115 - lives as long as the process
-        terminal = cls(sys.stdin or null, sys.stdout or null, sys.stderr or null, os.environ)
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass  # a closed stream's number is taken, so that no file gets it: a library might print into that
+        null = os.fdopen(descriptor, "r+")
+        terminal = cls(sys.stdin or null, sys.stdout or _ClosedOutput(), sys.stderr or null, os.environ)
         terminal.owns_process = True
         return terminal
 
@@ -123,8 +141,7 @@ class Terminal:
         text = self._held + text
         shown = text.rstrip()
         self._held = text[len(shown) :]
-        if not self._in_answer:
-            shown = shown.lstrip()
+        shown = shown if self._in_answer else shown.lstrip()
         if shown:
             self._in_answer = True
             self._out(visible(shown))
@@ -162,8 +179,7 @@ class Terminal:
             )
         for row in rows:
             table.add_row(*(Text(visible_line(cell)) for cell in row))
-        console = self._console(self.stdout, self.out_is_terminal, self.width)
-        console.print(table)
+        self._console(self.stdout, self.out_is_terminal, self.width).print(table)
 
     def bars(self, rows: Sequence[tuple[str, float, str]]) -> None:
         """Named amounts as bars, longest first in width, each with its figure: (name, amount, figure)."""
@@ -317,7 +333,8 @@ class Terminal:
     def output(self) -> BinaryIO:
         """Standard output as bytes."""
         self.stdout.flush()
-        return self.stdout.buffer
+        stream: Any = self.stdout
+        return getattr(stream, "buffer", stream)
 
     def can_ask(self) -> bool:
         """Whether someone is there to answer."""
@@ -349,15 +366,13 @@ class Terminal:
     def abandon_output(self) -> None:
         """The reader has gone: nothing more is written, and nothing complains at exit."""
         self._bars = None
-        try:
+        with suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
             for stream in (self.stdout, self.stderr):
                 try:
                     stream.flush()
                 except OSError:
                     os.dup2(null, stream.fileno())
-        except (OSError, ValueError, AttributeError):
-            pass
 
     @staticmethod
     def _is_utf8(stream: Any) -> bool:
@@ -380,7 +395,6 @@ class Terminal:
 
 
 def _is_terminal(stream: Any) -> bool:
-    try:
+    with suppress(AttributeError, ValueError):
         return bool(stream.isatty())
-    except (AttributeError, ValueError):
-        return False
+    return False

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import regrad_cli
+from regrad_cli.bank.damage import REPAIR
 from regrad_cli.bank.verification import Checked, Sample
 from regrad_cli.cli.app import run
 from regrad_cli.errors import UsageProblem
@@ -222,6 +223,7 @@ class Fakes:
         bank.log = lambda path: [dict(LOG_ENTRY)]  # type: ignore[attr-defined]
         bank.verify = lambda path, report=None, **_: iter(self.findings)  # type: ignore[attr-defined]
         bank.Checked, bank.Sample = Checked, Sample  # type: ignore[attr-defined]
+        bank.way_out = lambda path: REPAIR  # type: ignore[attr-defined]
         finding = _module("finding")
         finding.query = lambda bank, question, **options: self._query(question, options)  # type: ignore[attr-defined]
         finding.Finder = self._finder  # type: ignore[attr-defined]

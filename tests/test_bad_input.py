@@ -207,6 +207,20 @@ def test_each_has_its_sentence_and_its_exit_code(bank: Path, tmp_path: Path, cas
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("words", [["bank", "verify"], ["bank", "ls"]])
+@pytest.mark.parametrize("damaged", [text_of, newest])
+def test_no_repair_is_named_that_would_refuse_a_newer_versions_bank(
+    bank: Path, words: list[str], damaged: Callable[[Path], Path]
+) -> None:
+    rewrite(bank, writer_flags=["counted"])
+    assert call(*words, "--bank", bank).code == 0
+    flip(damaged(bank))
+    error = call(*words, "--bank", bank, "--json").error
+    assert (error["code"], error["kind"]) == (14, "damaged")
+    assert error["hint"].startswith("this version cannot write to the bank: it uses counted; install a newer regrad")
+    assert "puts right" not in error["hint"]
+
+
 # ── disks and other processes ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -383,6 +397,12 @@ def test_a_packed_bank_cut_anywhere_is_14_or_10_and_unpacks_to_nothing(bank: Pat
     told(["bank", "ls", "--bank", file], 14, "damaged", "bytes, not", "get the file again")
 
 
+@pytest.mark.parametrize("words", [["pack", ""], ["unpack", "", "OUT"], ["unpack", "x.gbank", ""]], ids=" ".join)
+def test_an_empty_path_of_a_packed_bank_is_refused(tmp_path: Path, words: list[str]) -> None:
+    told(["bank", *(tmp_path / "out" if word == "OUT" else word for word in words)], 2, "usage", "a path is empty")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["n" * 300, "~~", "no\nfile", "."])
 def test_what_is_to_be_unpacked_and_is_not_there_is_told(tmp_path: Path, name: str) -> None:
     shown = call("bank", "unpack", name, tmp_path / "out")
@@ -395,6 +415,28 @@ def test_a_bank_that_init_made_in_the_folder_itself_is_named(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path / "here")
     told(["bank", "ls"], 10, "no_bank", "there is no .gbank in", "it is a bank itself: --bank .")
     assert call("bank", "ls", "--bank", ".").code == 0
+
+
+def test_a_folder_with_other_things_is_no_place_for_a_bank_and_the_hint_names_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = (["bank", "ls"], ["bank", "repair"], ["diff", "@-1"])
+    hints = {call(*each, "--bank", tmp_path, "--json").error["hint"] for each in words}
+    hints.add(call("diff", tmp_path, tmp_path, "--json").error["hint"])
+    assert hints == {f"`regrad init {tmp_path / '.gbank'}` makes one"}
+    made(tmp_path / ".gbank")
+    assert call("bank", "ls", "--bank", tmp_path / ".gbank").code == 0
+
+
+@pytest.mark.parametrize("left", [(), ("tmp",), ("tmp", "mine")])
+def test_what_a_killed_init_leaves_is_finished_in_its_place(tmp_path: Path, left: tuple[str, ...]) -> None:
+    bank = tmp_path / "bank"
+    bank.mkdir()
+    if left:
+        (bank / "lock").touch()
+    for name in left:
+        (bank / name).mkdir()
+    place = bank / ".gbank" if "mine" in left else bank
+    assert call("bank", "ls", "--bank", bank, "--json").error["hint"] == f"`regrad init {place}` makes one"
 
 
 def test_banks_of_different_models_differ_in_their_settings_and_have_no_cosine(bank: Path, tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ def ingest(bank, options):
     time.sleep(60)
 sys.modules["regrad_cli.ingest"].ingest = ingest
 """
+PACKING = """
+def pack(path, out, *_, **__):
+    out.write(b"FORMAT")
+    out.flush()
+sys.modules["regrad_cli.bank"].pack_bank = pack
+"""
 MANY = "fakes.snapshot = FakeSnapshot([passage(f'{number}.md') for number in range(20_000)])"
 
 
@@ -106,13 +112,34 @@ def test_a_reader_that_goes_away_ends_it_quietly(extra):
     assert process.wait(20) == 141
 
 
-def test_a_closed_standard_output_is_no_crash():
-    command = " ".join(f"'{word}'" if "'" not in word else '"$CODE"' for word in words("bank", "stats"))
-    code = words("bank", "stats")[2]
-    ran = subprocess.run(
-        ["sh", "-c", f"{command} >&- 2>&-"], env=os.environ | {"CODE": code}, stdin=subprocess.DEVNULL, timeout=30
-    )
-    assert ran.returncode == 0
+def with_closed(streams: str, *arguments: str, setup: str = "") -> subprocess.CompletedProcess[bytes]:
+    """A run by a shell that closes `streams` first, as in `regrad … >&-`."""
+    command = words(*arguments, setup=setup)
+    run = ["sh", "-c", f'"$@" {streams}', "sh", *command]
+    return subprocess.run(run, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+
+
+@pytest.mark.parametrize("arguments", [["bank", "ls"], ["ask", "q"], ["ask", "q", "--json"], ["bank", "pack", "-"]])
+def test_a_closed_standard_output_is_an_error_where_something_was_to_be_printed(arguments):
+    ran = with_closed(">&-", *arguments, "-q", setup=PACKING)
+    assert ran.returncode == 70
+    assert ran.stderr.count(b"standard output is closed") == 1
+    assert b"Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("streams", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_crash(streams):
+    assert with_closed(streams, "bank", "stats").returncode == 70
+    assert with_closed(streams, "bank", "stats", "--nosuch").returncode == 2
+
+
+def test_what_prints_nothing_needs_no_standard_output():
+    assert with_closed(">&-", "bank", "ls", "-q", setup="fakes.snapshot = FakeSnapshot([])").returncode == 0
+
+
+def test_no_file_gets_the_number_of_a_closed_stream():
+    setup = "import atexit, os; atexit.register(lambda: os._exit(os.open(os.devnull, os.O_RDONLY)))"
+    assert with_closed("<&- >&- 2>&-", "bank", "stats", setup=setup).returncode > 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")

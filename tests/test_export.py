@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -354,10 +356,65 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
     assert everything(out.parent) == before
 
 
+@pytest.mark.parametrize(
+    "place", ["file/adapter", "file/a/b", "n" * 300, "a/" + "n" * 300, "loop", "loop/a/b", "dangling/a"]
+)
+def test_a_place_that_cannot_be_written_is_the_callers_to_mend(made: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "file" / "gone")
+    result = call("export", QUESTION, "--out", tmp_path / place, "--bank", made, "--device", "cpu", "--json")
+    assert result.code == 2
+    assert "--out" in result.error["hint"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 70), (errno.EIO, 70)], ids=os.strerror
+)
+def test_a_place_and_a_disk_are_told_apart(
+    made: Path, out: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError(number, os.strerror(number), str(out.parent))
+
+    monkeypatch.setattr(use_case.tempfile, "mkdtemp", refuse)
+    result = call("export", QUESTION, "--out", out, "--bank", made, "--device", "cpu", "--json")
+    assert result.code == code
+    assert os.strerror(number) in result.error["message"]
+
+
+def test_a_folder_that_may_not_be_listed_is_refused_before_the_bank_is_asked(
+    made: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    out.mkdir(parents=True)
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(use_case, "Answerer", lambda *_, **__: pytest.fail("the bank was opened"))
+    with pytest.raises(UsageProblem, match="cannot be written: Permission denied"):
+        export(made, out)
+
+
 def test_where_nothing_fits_nothing_is_written_and_the_way_out_is_named(made: Path, out: Path) -> None:
     with pytest.raises(UsageProblem, match="nothing in the bank fits") as refused:
         export(made, out, min_score=1.1)
     assert "--min-score" in refused.value.hint
+    assert not out.parent.exists()
+
+
+def test_of_an_empty_bank_the_way_out_is_to_fill_it(
+    tmp_path: Path, out: Path, tiny_model_folder: Path, tiny_embedder_folder: Path
+) -> None:
+    bank = use_cases.make_bank(tmp_path / ".gbank", tiny_model_folder, tiny_embedder_folder)
+    with pytest.raises(UsageProblem, match="no passages") as refused:
+        export(bank, out)
+    assert "ingest" in refused.value.hint and "--min-score" not in refused.value.hint
+    ingest(bank, write(tmp_path / "docs", {"Velmora.md": story("Velmora")}))
+    with pytest.raises(UsageProblem, match="no passages") as refused:
+        export(bank, out, snapshot=1)
+    assert "--snapshot" in refused.value.hint
     assert not out.parent.exists()
 
 

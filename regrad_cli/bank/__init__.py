@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from regrad_cli.bank.layout import locate_bank
     from regrad_cli.bank.makeup import beside
     from regrad_cli.bank.move import MovingWriter, move_bank, rows_to_move
-    from regrad_cli.bank.opening import check_format, open_bank
+    from regrad_cli.bank.opening import check_format, open_bank, way_out
     from regrad_cli.bank.pack import pack_bank, refuse_to_replace, unpack_bank
     from regrad_cli.bank.planning import AtStake, Compacted, at_stake, foreseen, plan_compaction
     from regrad_cli.bank.repair import Repaired, Repairer, repair_bank
@@ -57,6 +57,7 @@ _PLACES = {
     "Snapshot": "snapshot",
     "check_format": "opening",
     "open_bank": "opening",
+    "way_out": "opening",
     "Checked": "verification",
     "Sample": "verification",
     "verify": "verification",
@@ -102,6 +103,7 @@ __all__ = [
     "rows_to_move",
     "unpack_bank",
     "verify",
+    "way_out",
     "write_bank",
 ]
 

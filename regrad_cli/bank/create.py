@@ -95,22 +95,5 @@ def refuse_what_is_there(path: Path) -> None:
     shards = any(name.startswith("shards/") for name in layout.content_files(path))
     if lost_snapshot(path) is not None or (shards and layout.looks_like_a_bank(path)):
         raise UsageProblem(f"there is a damaged bank at {path}: it has no snapshot", f"{REPAIR}, or name another place")
-    if not _only_beginnings(path):
+    if not layout.only_beginnings(path):
         raise UsageProblem(f"{path} holds other things", f"name a free one: `regrad init {path / layout.BANK_FOLDER}`")
-
-
-def _only_beginnings(path: Path) -> bool:
-    entries = list(path.iterdir())
-    names = {entry.name for entry in entries}
-    if not names:
-        return True
-    if layout.LOCK_FILE not in names or names - {layout.LOCK_FILE, layout.FORMAT_FILE, ".gitignore", *layout.FOLDERS}:
-        return False
-    content = set(layout.content_files(path))
-    return all(
-        f"{entry.name}/{inner.name}" in content
-        for entry in entries
-        if entry.name in layout.FOLDERS and entry.name != "tmp"
-        for inner in entry.iterdir()
-        if inner.suffix not in (".claim", ".copy")
-    )

@@ -9,6 +9,7 @@ import errno
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from regrad_cli.bank.files import storage, storage_failed
@@ -90,6 +91,32 @@ def looks_like_a_bank(path: Path) -> bool:
     return (path / FORMAT_FILE).is_file() or bool(snapshot_numbers(path)) or bool(snapshot_numbers(path, "copy"))
 
 
+def only_beginnings(path: Path) -> bool:
+    """Whether this folder is empty, or holds no more than a killed `init` leaves."""
+    entries = list(path.iterdir())
+    names = {entry.name for entry in entries}
+    if not names:
+        return True
+    if LOCK_FILE not in names or names - {LOCK_FILE, FORMAT_FILE, ".gitignore", *FOLDERS}:
+        return False
+    content = set(content_files(path))
+    return all(
+        f"{entry.name}/{inner.name}" in content
+        for entry in entries
+        if entry.name in FOLDERS and entry.name != "tmp"
+        for inner in entry.iterdir()
+        if inner.suffix not in (".claim", ".copy")
+    )
+
+
+def no_bank(path: Path) -> NoBank:
+    """What is raised where there is none. Its hint names a place that `init` takes: no folder of other things."""
+    place = path
+    with suppress(OSError):
+        place = path / BANK_FOLDER if path.is_dir() and not only_beginnings(path) else path
+    return NoBank(f"there is no bank at {path}", f"`regrad init {place}` makes one")
+
+
 def locate_bank(explicit: str | Path | None, start: Path) -> Path:
     """The bank that is meant: the one named, or the nearest `.gbank/` in `start` or a parent, as git finds `.git`.
 
@@ -107,7 +134,7 @@ def locate_bank(explicit: str | Path | None, start: Path) -> Path:
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise storage_failed("look for a bank", error) from error
-        raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
+        raise no_bank(path)
     for folder in (start, *start.resolve().parents):
         with storage("look for a bank"):  # one that may not be entered is not passed over for one further up
             if looks_like_a_bank(folder / BANK_FOLDER):

@@ -12,11 +12,12 @@ from pathlib import Path
 from regrad_cli.bank import files, layout
 from regrad_cli.bank.damage import OLDER, REPAIR, DamagedFile
 from regrad_cli.bank.manifest import MANIFEST_LIMIT, Manifest
+from regrad_cli.bank.packed import WAY_OUT as OF_PACKED
 from regrad_cli.bank.packed import Packed
 from regrad_cli.bank.parsing import parse, refuse_newer_format
 from regrad_cli.bank.snapshot import Snapshot
 from regrad_cli.bank.store import Folder, Region, open_plain_file
-from regrad_cli.errors import NoBank, UsageProblem
+from regrad_cli.errors import NoBank, RegradError, UnknownFormat, UsageProblem
 
 
 def open_bank(path: Path, snapshot: int | None = None, *, for_writing: bool = False) -> Snapshot:
@@ -65,7 +66,7 @@ def check_format(path: Path) -> None:
                 f"`regrad bank unpack {path} DIR` makes a folder of it, which can",
             )
     if not layout.looks_like_a_bank(path):
-        raise NoBank(f"there is no bank at {path}", f"`regrad init {path}` makes one")
+        raise layout.no_bank(path)
     try:
         if (path / layout.FORMAT_FILE).is_symlink():  # whose first bytes the error below would tell
             raise DamagedFile(layout.FORMAT_FILE, "is a link")
@@ -160,3 +161,18 @@ def read_copy(path: Path, number: int, *, for_writing: bool = False) -> Manifest
         return parse(data, layout.snapshot_name(number), for_writing=for_writing)
     except DamagedFile as error:
         raise DamagedFile(name, error.finding.what) from error
+
+
+def way_out(path: Path) -> str:
+    """What helps where this bank is damaged: REPAIR, but for a packed one and one that a newer version writes to."""
+    if _is_file(path):
+        return OF_PACKED
+    for kind, read in (("json", read_own), ("copy", read_copy)):
+        for number in layout.snapshot_numbers(path, kind):
+            try:
+                read(path, number, for_writing=True)
+            except UnknownFormat as error:
+                return f"{error.message}; {error.hint} for `regrad bank repair`"
+            except RegradError:
+                continue
+    return REPAIR

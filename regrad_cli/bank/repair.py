@@ -31,7 +31,6 @@ from regrad_cli.bank.shards import Row, ShardReader
 from regrad_cli.bank.store import Folder
 from regrad_cli.bank.survey import Back, DamagedShard, LostDocument, Plan, Priors, survey
 from regrad_cli.bank.verification import Report
-from regrad_cli.errors import NoBank
 from regrad_cli.records import BankSettings, sha256_hex
 
 
@@ -129,7 +128,7 @@ class Repairer:
         if self.path.is_file():
             check_format(self.path)
         if not layout.looks_like_a_bank(self.path):
-            raise NoBank(f"there is no bank at {self.path}", f"`regrad init {self.path}` makes one")
+            raise layout.no_bank(self.path)
         with ExitStack() as stack:
             stack.enter_context(hold_lock(self.path, self._wait_s, dry_run=self._dry_run))
             self.plan = survey(self.path, self._priors, self._report)

@@ -250,6 +250,12 @@ class ShardReader:
             yield row, data[start:end]
             start = end
 
+    def record_of(self, source: str) -> str | None:
+        """The source of a live row that may be a record of this one, as `a.jsonl#7` of `a.jsonl`; None without one."""
+        begin = canonical_json({"source": f"{source}#"})[1:-2].encode("utf-8", "surrogateescape")
+        live = self.live()
+        return next((parse_line(line).source for row, line in self.lines() if live[row] and begin in line), None)
+
     def chosen_lines(self, rows: Sequence[int], *, warm: bool = False) -> list[bytes]:
         """The lines of these rows, proved by the docs file's name, or each by its row where they are few. With `warm`,
         each line's digest is kept, and what is asked for later is read alone and proved by that."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # numpy and what needs it are imported when rows are: `bank s
     from regrad_cli.bank.search import Candidate
     from regrad_cli.bank.shards import Row, ShardReader
 
+HEX = frozenset("0123456789abcdef")
+LEAST_DIGITS = 4  # of an id that is given in part
 SLACK = 16  # candidates beyond k: float32 may order near-equal rows otherwise than the float64 score does
 
 
@@ -232,14 +234,14 @@ class Snapshot:
         yield from sorted(found.values(), key=lambda entry: (entry["source"], entry["id"]))
 
     def find_document(self, name: str) -> str:
-        """The id of the document that is meant by an id, a unique beginning of one (4 digits or more), or a source.
+        """The id of the document that is meant by an id, a unique beginning of one (LEAST_DIGITS or more), or a source.
 
         raises  UsageProblem if there is none, or several
         """
         import numpy as np
 
         exact = {int(document_id(name), 16)}
-        prefix = name.lower() if 4 <= len(name) <= 16 and not set(name.lower()) - set("0123456789abcdef") else None
+        prefix = name.lower() if LEAST_DIGITS <= len(name) <= 16 and not set(name.lower()) - HEX else None
         found: set[int] = set()
         meant = [(document_id(name),) * 2] + ([(prefix.ljust(16, "0"), prefix.ljust(16, "f"))] if prefix else [])
         for position, shard in enumerate(self.manifest.shards):
@@ -253,11 +255,23 @@ class Snapshot:
         if found & exact:  # a source wins over an id that looks like it
             found &= exact
         if not found:
-            raise UsageProblem(f"there is no document {name!r} in the bank", "`regrad bank ls` lists ids and sources")
+            raise self._no_document(name)
         if len(found) > 1:
             listed = ", ".join(f"{number:016x}" for number in sorted(found)[:5])
             raise UsageProblem(f"{len(found)} documents begin with {name!r}: {listed}", "give more of the id")
         return f"{found.pop():016x}"
+
+    def _no_document(self, name: str) -> UsageProblem:
+        """Nothing has this id or source, but records of a file may be documents, which only reading all lines tells."""
+        for position in range(len(self.manifest.shards)):
+            with suppress(DamagedFile, ValueError):
+                if record := self._reader(position).record_of(name):
+                    way_out = "records are documents of their own: name those; `regrad bank ls` lists ids and sources"
+                    return UsageProblem(f"there is no document {name!r} in the bank, but {record!r} is one", way_out)
+        way_out = "`regrad bank ls` lists ids and sources"
+        if 0 < len(name) < LEAST_DIGITS and not set(name.lower()) - HEX:
+            way_out = f"of an id give {LEAST_DIGITS} digits at least; {way_out}"
+        return UsageProblem(f"there is no document {name!r} in the bank", way_out)
 
     # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

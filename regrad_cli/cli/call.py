@@ -235,7 +235,7 @@ def guarded(call: Call, work: Callable[[], int | None]) -> int:
         return EXIT_CLOSED_PIPE
     except RegradError as error:
         if isinstance(error, Damaged):
-            _say_what_helps_a_packed_bank(call, error)
+            _say_what_helps(call, error)
         return terminal.error(error)
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
@@ -245,13 +245,22 @@ def guarded(call: Call, work: Callable[[], int | None]) -> int:
         raise
 
 
-def _say_what_helps_a_packed_bank(call: Call, error: Damaged) -> None:
-    """It is not repaired in its place, and has no older snapshot. `finding` is what errors of a bank's files have."""
+def _say_what_helps(call: Call, error: Damaged) -> None:
+    """Not every damaged bank is for our `repair`, and a packed one has no older snapshot. `finding` is what errors of a
+    bank's files have."""
     with suppress(RegradError):
-        if hasattr(error, "finding") and call.bank_path().is_file():
-            from regrad_cli.bank.packed import WAY_OUT
+        if not hasattr(error, "finding"):
+            return
+        from regrad_cli.bank.damage import PRIOR_WAY_OUT, REPAIR
+        from regrad_cli.bank.opening import way_out
 
-            error.hint = WAY_OUT
+        path = call.bank_path()
+        way = way_out(path)
+        if path.is_file():
+            error.hint = way
+        elif way != REPAIR:
+            for ours in (REPAIR, PRIOR_WAY_OUT):
+                error.hint = error.hint.replace(ours, way)
 
 
 def interrupted(terminal: Terminal, resume: str = "") -> int:

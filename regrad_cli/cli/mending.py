@@ -63,12 +63,8 @@ def verify(
         return EXIT_DONE
     documents = sorted(set(chain.from_iterable(finding["documents"] for finding in damage)))
     touched = f", of {count(len(documents), 'document')}" if documents else ""
-    hint = "`regrad bank repair` puts right what can be proved (`--dry-run` says what that is)"
-    if path.is_file():
-        from regrad_cli.bank import packed
-
-        hint = packed.WAY_OUT
-    return call.terminal.error(Damaged(f"{path}: {count(len(damage), 'finding')}{touched}", hint))
+    told = Damaged(f"{path}: {count(len(damage), 'finding')}{touched}", bank.way_out(path))
+    return call.terminal.error(told)
 
 
 def verified(

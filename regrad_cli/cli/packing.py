@@ -26,6 +26,7 @@ def pack(
     """
     from regrad_cli import bank
 
+    _refuse_empty(out)
     path = call.bank_path()
     if out == "-":
         if call.terminal.out_is_terminal:
@@ -60,11 +61,17 @@ def unpack(
     """
     from regrad_cli.bank import unpack_bank
 
+    _refuse_empty(file)
     if file == "-" and call.terminal.in_is_terminal:
         raise UsageProblem("a packed bank does not come from a terminal", "name a file, or pipe it in")
     source = call.terminal.input if file == "-" else expanded(file)
     _say_unpacked(call.terminal, unpack_bank(source, folder, report=call.megabytes("unpacking")))
     return EXIT_DONE
+
+
+def _refuse_empty(file: str) -> None:
+    if not file:
+        raise UsageProblem("a path is empty", "name a file, NAME.gbank, or - for a pipe")
 
 
 def _say_packed(terminal: Terminal, result: Mapping[str, Any]) -> None:

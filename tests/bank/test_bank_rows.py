@@ -267,6 +267,39 @@ def test_documents_are_found_by_id_beginning_and_source(tmp_path: Path) -> None:
                 snapshot.find_document(unknown)
 
 
+@pytest.mark.parametrize(("name", "told"), [("{:.3}", True), ("A", True), ("", False), ("x7", False), ("0000", False)])
+def test_too_little_of_an_id_is_told_as_that(tmp_path: Path, name: str, told: bool) -> None:
+    bank = make_bank(tmp_path / "b", [("a.md", 1)])
+    with open_bank(bank) as snapshot, pytest.raises(UsageProblem, match="there is no document") as refused:
+        snapshot.find_document(name.format(document_id("a.md")))
+    assert ("4 digits at least" in refused.value.hint) is told
+
+
+@pytest.mark.parametrize("file", ["notes/a.jsonl", 'a "quoted" \\ file.csv', "stdin#faq", "dépôt.csv"])
+def test_a_file_whose_records_are_documents_names_one_of_them(tmp_path: Path, file: str) -> None:
+    bank = make_bank(tmp_path / "b", [("a.md", 2), (f"{file}#1", 1)], [(f"{file}#q7", 2), (f"{file}x", 1)])
+    with pytest.raises(UsageProblem, match="is one") as refused:
+        remove_documents(bank, [file])
+    assert repr(f"{file}#1") in refused.value.message and "bank ls" in refused.value.hint
+    remove_documents(bank, [f"{file}#1"])
+    with open_bank(bank) as snapshot:
+        with pytest.raises(UsageProblem) as refused:
+            snapshot.find_document(file)
+        assert repr(f"{file}#q7") in refused.value.message
+        for other in ("a.md#", file[1:], "\udcff", '"source":"a'):
+            with pytest.raises(UsageProblem, match="there is no document"):
+                snapshot.find_document(other)
+
+
+def test_records_are_named_though_another_shard_is_damaged(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path / "b", [("a.md", 2)], [("a.jsonl#1", 1)])
+    with open_bank(bank) as snapshot:
+        first = bank / snapshot.manifest.shards[0].docs_name
+        first.write_bytes(first.read_bytes()[::-1])
+        with pytest.raises(UsageProblem, match="is one"):
+            snapshot.find_document("a.jsonl")
+
+
 def test_an_ambiguous_beginning_is_refused(tmp_path: Path) -> None:
     sources = [f"{number}.md" for number in range(600)]
     begins: dict[str, list[str]] = {}
