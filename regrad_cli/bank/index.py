@@ -31,7 +31,7 @@ from regrad_cli.records import RowRef, canonical_json, sha256_hex
 INDEX_FROM_ROWS = 50_000  # REGRAD_INDEX_FROM overrides
 LINKS = 24
 BUILD_WIDTH = 160
-SEARCH_WIDTH = 512
+SEARCH_WIDTH = 1024
 MOST_NEIGHBOURS = 1024
 EXTEND_SHARE = 0.1  # rows that are not covered yet, as a share of the live ones, before an ingest adds them
 REBUILD_SHARE = 0.3  # rows of the graph that are dead before it is built from nothing

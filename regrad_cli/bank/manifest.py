@@ -69,7 +69,7 @@ class ShardEntry:
     @cached_property
     def spelled(self) -> str:
         """In canonical JSON. Kept: a commit spells out all shards, most of them those of the one before."""
-        return canonical_json(asdict(self))
+        return canonical_json(vars(self) | {"docs": asdict(self.docs)})
 
 
 def spans(rows: Iterable[int]) -> tuple[tuple[int, int], ...]:
