@@ -351,7 +351,7 @@ class _Run:
         losses = last_losses(self.files.entries, step)
         if self.options.step_rate == 0 or self.options.objective != "regrad":
             logs = start.log_step_sizes  # in all their digits
-        card = self._card(model, step, training.steps, losses, start.rank)
+        card = self._card(model, step, training.steps, losses)
         if not step:  # nothing was better than what it began with: what was learned stays beside it, for --keep last
             self._keep(training)
         prior = replace(start, tensors=theta, log_step_sizes=logs, card=card)
@@ -359,7 +359,7 @@ class _Run:
         skipped = tuple(dict.fromkeys(self.skipped))
         return Trained(str(self.options.out), training.step, step, losses, len(self.tasks), skipped, self.before_s)
 
-    def _card(self, model: Model, step: int, steps: int, losses: dict[str, float], rank: int) -> dict[str, Any]:
+    def _card(self, model: Model, step: int, steps: int, losses: dict[str, float]) -> dict[str, Any]:
         """What the prior says of itself. No paths: it travels."""
         from regrad_cli.learn.model import DTYPES
         from regrad_cli.learn.prior import AMONG
@@ -368,13 +368,12 @@ class _Run:
         elsewhere = ("tasks", "dev", "out", "init", "device", "model", "embedder", "checkpoint_s")
         settings = {name: value for name, value in asdict(options).items() if name not in elsewhere}
         settings["dtype"] = next(name for name, kind in DTYPES.items() if kind == model.dtype)
-        settings["rank"] = rank
         among = self.begun.card.get(AMONG) if self.begun is not None and options.objective == "regrad" else None
         return {
             "name": printable_name(options.out.stem),
             "trained": True,
             "objective": options.objective,
-            "rank": rank,
+            "rank": options.rank,
             "model": self.identity.model,
             "tokenizer": self.identity.tokenizer,
             "embedder": self.embedder,
