@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # numpy and what needs it are imported when rows are: `bank s
 
 HEX = frozenset("0123456789abcdef")
 LEAST_DIGITS = 4  # of an id that is given in part
+SEARCHED_SHARDS = 16  # for records of a file that is no document itself
 SLACK = 16  # candidates beyond k: float32 may order near-equal rows otherwise than the float64 score does
 
 
@@ -262,8 +263,9 @@ class Snapshot:
         return f"{found.pop():016x}"
 
     def _no_document(self, name: str) -> UsageProblem:
-        """Nothing has this id or source, but records of a file may be documents, which only reading all lines tells."""
-        for position in range(len(self.manifest.shards)):
+        """Nothing has this id or source, but records of a file may be documents, which only reading lines tells: those
+        of the newest shards, for a slip of the pen is not to take seconds."""
+        for position in range(len(self.manifest.shards))[-SEARCHED_SHARDS:]:
             with suppress(DamagedFile, ValueError):
                 if record := self._reader(position).record_of(name):
                     way_out = "records are documents of their own: name those; `regrad bank ls` lists ids and sources"
