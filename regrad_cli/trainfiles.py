@@ -82,7 +82,7 @@ class TrainFiles:
             raise UsageProblem(f"{self.resume} cannot be read: {error.strerror}") from None
         (theirs, step), ours = self._told_in(data), json.loads(json.dumps(settings))
         other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-        if other and step == theirs.get("steps"):
+        if other and step == theirs.get("steps") and self.out.exists():
             return None
         if other:
             told = (_difference(name, theirs.get(name), ours.get(name)) for name in other)
