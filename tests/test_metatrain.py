@@ -253,7 +253,12 @@ def test_what_was_learned_is_not_lost_where_no_step_was_better_than_the_start(
 def test_what_a_run_left_at_its_end_is_in_no_other_runs_way(plain: MetaTrainOptions, monkeypatch: Any) -> None:
     scripted(monkeypatch, [[1.0] * 3, [2.0] * 3, [2.0] * 3, [2.0] * 3, [1.0] * 3, [0.5] * 3, [2.0] * 3])
     assert trained(plain).best_step == 0
+    kept = plain.out.with_name(plain.out.name + ".resume").read_bytes()
     assert trained(replace(plain, steps=4)).best_step == 2
+    plain.out.unlink()  # a run that was killed between its last step and its result is not over
+    plain.out.with_name(plain.out.name + ".resume").write_bytes(kept)
+    with pytest.raises(UsageProblem, match="other settings"):
+        run(replace(plain, steps=4))
 
 
 def test_the_choice_survives_a_kill(plain: MetaTrainOptions, monkeypatch: Any) -> None:

@@ -213,12 +213,16 @@ class ShardReader:
         """(rows,) document ids as numbers, in the order of their hex digits."""
         return self.block("documents").view(">u8").reshape(-1).astype(np.uint64)
 
+    def live_documents(self) -> npt.NDArray[np.uint64]:
+        """Those of the rows that are not removed, in their order."""
+        return self.documents()[self.live()]
+
     def _known_documents(self, damaged: str) -> tuple[str, ...]:
         """Whose rows lie here, as far as that can still be read."""
         if damaged == "documents":
             return ()
         try:
-            return tuple(sorted({f"{number:016x}" for number in self.documents()[self.live()].tolist()}))
+            return tuple(sorted({f"{number:016x}" for number in self.live_documents().tolist()}))
         except DamagedFile:
             return ()
 

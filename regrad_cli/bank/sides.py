@@ -135,7 +135,7 @@ class Side:
                 continue  # none of them lies between its first and its last
             try:
                 reader = self.reader(position)
-                found |= np.isin(documents, reader.documents()[reader.live()])
+                found |= np.isin(documents, reader.live_documents())
             except DamagedFile as error:
                 self.pass_over(error)
         return found

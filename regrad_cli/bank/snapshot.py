@@ -248,8 +248,7 @@ class Snapshot:
         for position, shard in enumerate(self.manifest.shards):
             if not any(shard.first <= end and start <= shard.last for start, end in meant):
                 continue
-            reader = self._reader(position)
-            numbers = reader.documents()[reader.live()]
+            numbers = self._reader(position).live_documents()
             for start, end in meant:
                 fits = (numbers >= np.uint64(int(start, 16))) & (numbers <= np.uint64(int(end, 16)))
                 found.update(numbers[fits].tolist())

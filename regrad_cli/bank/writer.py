@@ -266,8 +266,7 @@ class Writer:
         if self._held is None:
             parts = [np.zeros(0, np.uint64)]
             for shard in self.snapshot.manifest.shards:
-                reader = ShardReader(Folder(self.path), shard, self.snapshot.settings)
-                parts.append(reader.documents()[reader.live()])
+                parts.append(ShardReader(Folder(self.path), shard, self.snapshot.settings).live_documents())
             self._held = np.sort(np.concatenate(parts))
         return self._held
 
