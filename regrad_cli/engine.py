@@ -184,7 +184,8 @@ class Engine:
     def _segments(self, passage: Passage) -> tuple[Segment, ...]:
         from regrad_cli.segments import cut
 
-        return cut(passage.title, passage.text or "", self.tokenizer.spans, self.settings.segments)
+        most, tokens = self.settings.segments, self.prior.segment_tokens
+        return cut(passage.title, passage.text or "", self.tokenizer.spans, most, tokens)
 
     def _vectors(self, texts: Sequence[str]) -> np.ndarray:
         """(n, d) float32 of unit norm, or not finite where a text has none: it is the same bits by itself."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.errors import UsageProblem
 from regrad_cli.records import Skipped, training_text
-from regrad_cli.segments import LEAST_WEIGHT, SEGMENT_TEMPERATURE, Segment, shared
+from regrad_cli.segments import LEAST_WEIGHT, SEGMENT_TEMPERATURE, SEGMENT_TOKENS, Segment, shared
 from regrad_cli.tasks import Task
 from regrad_cli.weighing import Cutter, Vectors
 
@@ -40,6 +40,7 @@ class EpisodeRules:
     strangers       share of episodes in which other tasks' passages, the nearest to the question, are in the sum
     k               passages in the sum, then
     segments        a passage is cut into at most so many, each with a gradient of its own
+    segment_tokens  and into about as many as it has so many tokens
     segment_temperature  by which its weight is shared among them
     questions       at most so many of a task's in one episode
     passage_tokens  a longer passage is cut, as ingest would cut it
@@ -51,6 +52,7 @@ class EpisodeRules:
     strangers: float = 0.4
     k: int = 3
     segments: int = 1
+    segment_tokens: int = SEGMENT_TOKENS
     segment_temperature: float = SEGMENT_TEMPERATURE
     questions: int = 4
     passage_tokens: int = 512
@@ -82,7 +84,7 @@ class Episodes:
         self._vectors = vectors
         self._cutter: Cutter | None = None
         if rules.segments > 1 and token_spans is not None and vectors is not None:
-            self._cutter = Cutter(token_spans, rules.segments, vectors)
+            self._cutter = Cutter(token_spans, rules.segments, vectors, rules.segment_tokens)
         self._orders: dict[str, tuple[int, list[int]]] = {}  # by seed: a round, and the order of tasks in it
         self._places = [(number, place) for number, task in enumerate(tasks) for place in range(len(task.passages))]
         self._all: np.ndarray | None = None

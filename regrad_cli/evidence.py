@@ -178,7 +178,7 @@ class OwnGradients:
             rows = [self._kept[parts[place].training_text] for place in kept]
             gradients: Gradients
             if self.codec is None:
-                gradients = Dense({name: torch.stack([row[name] for row in rows]) for name in self.prior.tensors})
+                gradients = Dense({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
             else:
                 codes, scales = (np.stack(part) for part in zip(*rows, strict=True))
                 gradients = Coded(self.codec, codes, scales, self.model.device)

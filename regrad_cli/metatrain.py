@@ -160,18 +160,18 @@ class _Run:
         """The prior to begin with. search: also its step size, where it is a seeded one"""
         from regrad_cli.learn.model import load_model
         from regrad_cli.learn.prior import seeded_prior
-        from regrad_cli.learn.steps import with_found_step_size
+        from regrad_cli.learn.steps import of_uppermost, with_found_step_size
 
-        options = self.options
-        if self.begun is None:
+        options, start = self.options, self.begun
+        if start is None:
             assert options.rank is not None  # settled
-            seeded = seeded_prior(model, self.identity.model, rank=options.rank, seed=options.seed)
-            if options.objective != "regrad" or not search:
-                return seeded
-            # In fp32 on the CPU whatever computes later, so that one seed is one start on every machine.
-            return with_found_step_size(load_model(self.folder.path, device="cpu", dtype="fp32"), seeded)
-        self.begun.check(model.projections)
-        return self.begun
+            start = seeded_prior(model, self.identity.model, rank=options.rank, seed=options.seed)
+            if options.objective == "regrad" and search:
+                # In fp32 on the CPU whatever computes later, so that one seed is one start on every machine.
+                start = with_found_step_size(load_model(self.folder.path, device="cpu", dtype="fp32"), start)
+        else:
+            start.check(model.projections)
+        return start if options.gradient_layers is None else of_uppermost(model, start, options.gradient_layers)
 
     def _resumed(self, training: Training, kept: bytes | None) -> Iterator[Notice]:
         files = self.files
@@ -194,6 +194,7 @@ class _Run:
         return {
             "k": options.k,
             "segments": options.segments,
+            "segment_tokens": options.segment_tokens,
             "weights": "softmax",
             "temperature": options.temperature,
             "segment_temperature": options.segment_temperature,

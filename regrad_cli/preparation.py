@@ -233,7 +233,8 @@ class Bench:
         folders: list[ModelFolder] = []
         yield from narrated(partial(resolve_embedder, self.options.embedder), folders)
         embedder = load_embedder(folders[0].path, device=str(choose_device(self.options.device)))
-        return Cutter(Tokenizer(self.folder.path).spans, self.prior.segments, Vectors(embedder.encode))
+        spans, vectors = Tokenizer(self.folder.path).spans, Vectors(embedder.encode)
+        return Cutter(spans, self.prior.segments, vectors, self.prior.segment_tokens)
 
     def _tasks(self) -> list[Task]:
         return list({one.task.id: one.task for one in self.asked}.values())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from regrad_cli.lexical import Lexicon
 
-SEGMENT_TOKENS = 40  # a text is cut into about as many segments as it has so many tokens
+SEGMENT_TOKENS = 40  # a text is cut into about as many segments as it has so many tokens, unless its prior says else
 LEAST_TOKENS = 4  # a shorter stretch goes with the one before it: of a single token there is no gradient
 SHARED_WORDS = 0.08  # what a word that only one segment shares with the question adds, over log(segments + 1)
 SEGMENT_TEMPERATURE = 0.3  # of a passage's segments; the best for answers, not for telling which one holds them
@@ -89,13 +89,16 @@ def heavy(weights: Sequence[float]) -> list[int]:
     return [place for place, weight in enumerate(weights) if weight >= least]
 
 
-def cut(title: str, text: str, token_spans: TokenSpans, most: int) -> tuple[Segment, ...]:
+def cut(
+    title: str, text: str, token_spans: TokenSpans, most: int, segment_tokens: int = SEGMENT_TOKENS
+) -> tuple[Segment, ...]:
     """A passage's segments in order, at most `most`; the text itself where it is short or one sentence.
 
-    token_spans  text → (start, end) characters of each token
+    token_spans     text → (start, end) characters of each token
+    segment_tokens  about as many segments as the text has so many tokens
     The largest of them is as small as whole sentences, items and rows allow.
     """
-    return pieces(title, text, _begins(text, token_spans, most))
+    return pieces(title, text, _begins(text, token_spans, most, segment_tokens))
 
 
 def pieces(title: str, text: str, begins: Sequence[int]) -> tuple[Segment, ...]:
@@ -104,11 +107,11 @@ def pieces(title: str, text: str, begins: Sequence[int]) -> tuple[Segment, ...]:
     return tuple(Segment(title, text[begin:end], begin) for begin, end in zip(begins, ends, strict=True))
 
 
-def _begins(text: str, token_spans: TokenSpans, most: int) -> list[int]:
+def _begins(text: str, token_spans: TokenSpans, most: int, segment_tokens: int) -> list[int]:
     if most < 2:
         return [0]
     tokens = Tokens(text, token_spans)
-    wanted = min(most, round(len(tokens.ends) / SEGMENT_TOKENS))
+    wanted = min(most, round(len(tokens.ends) / segment_tokens))
     if wanted < 2:
         return [0]
     outline = read_outline(text)

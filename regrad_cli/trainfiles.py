@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from regrad_cli.errors import Damaged, Locked, StorageFailed, UsageProblem
+from regrad_cli.segments import SEGMENT_TOKENS
 from regrad_cli.shown import json_text, visible_line
 
+# What a run was asked for whose version had no such option yet.
+EARLIER = {"reading": 0, "segment_tokens": SEGMENT_TOKENS}
 POINTS = 60  # of the curve of training: each is the mean of the steps up to it
 
 
@@ -99,7 +102,7 @@ class TrainFiles:
             told = json.loads(data[8 : 8 + length])["__metadata__"]
             settings, step = json.loads(told["settings"]), json.loads(told["card"])["step"]
             if isinstance(settings, dict):
-                return settings, step
+                return EARLIER | settings, step
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise self.damaged()

@@ -13,7 +13,7 @@ from typing import Any
 
 from regrad_cli.episodes import OBJECTIVES, EpisodeRules
 from regrad_cli.errors import UsageProblem
-from regrad_cli.segments import SEGMENT_TEMPERATURE
+from regrad_cli.segments import SEGMENT_TEMPERATURE, SEGMENT_TOKENS
 from regrad_cli.tasks import Task
 
 RANK = 8
@@ -34,11 +34,13 @@ class MetaTrainOptions:
     init            a prior to begin with, or "shipped"; None: a seeded start
     learning_rate   of θ; step_rate: of log α
     rank            of θ; None: that of `init`, RANK without it
+    gradient_layers gradients are of the uppermost so many layers' tensors; None: of all that `init`'s are of
     segments        a passage is cut into at most so many, each with a gradient of its own and weighed by the question
+    segment_tokens  and into about as many as it has so many tokens
     temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
     segment_temperature  the same for what a passage's weight is shared by among its segments
-                    Of these three None is what `init` was learned with; without it SEGMENTS, TEMPERATURE and
-                    SEGMENT_TEMPERATURE
+                    Of these four None is what `init` was learned with; without it SEGMENTS, SEGMENT_TOKENS,
+                    TEMPERATURE and SEGMENT_TEMPERATURE
     codec           gradients of the inner step go through this codec, straight through; "none": exact ones; None: what
                     `init` was learned through
     keep            which step's prior is the result: "best", by the dev tasks, or "last"
@@ -61,7 +63,9 @@ class MetaTrainOptions:
     reading: int = 0
     strangers: float = 0.4
     k: int = 3
+    gradient_layers: int | None = None
     segments: int | None = None
+    segment_tokens: int | None = None
     temperature: float | None = None
     segment_temperature: float | None = None
     questions: int = 4
@@ -87,6 +91,7 @@ class MetaTrainOptions:
             strangers=strangers,
             k=self.k,
             segments=segments,
+            segment_tokens=self.segment_tokens or SEGMENT_TOKENS,
             segment_temperature=shared_by,
             questions=self.questions,
         )
@@ -101,6 +106,7 @@ class MetaTrainOptions:
             rank=self.rank or card.get("rank", RANK),
             codec=codec if codec != EXACT and self.objective == "regrad" else None,
             segments=self.segments or segments,
+            segment_tokens=self.segment_tokens or card.get("segment_tokens", SEGMENT_TOKENS),
             temperature=self.temperature or temperature,
             segment_temperature=self.segment_temperature or card.get("segment_temperature", SEGMENT_TEMPERATURE),
         )
@@ -112,7 +118,10 @@ def refuse(options: MetaTrainOptions) -> None:
         raise UsageProblem(f"there is no objective '{options.objective}'", f"use one of {', '.join(OBJECTIVES)}")
     if options.keep not in KEPT:
         raise UsageProblem(f"there is no step '{options.keep}' to keep", f"use one of {', '.join(KEPT)}")
-    for name in ("steps", "batch", "k", "segments", "questions", "rank", "validate_every", "dev_tasks"):
+    for name in (
+        "steps", "batch", "k", "gradient_layers", "segments", "segment_tokens", "questions", "rank", "validate_every",
+        "dev_tasks",
+    ):  # fmt: skip
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UsageProblem(f"{name.replace('_', '-')} must be at least 1")
@@ -121,6 +130,10 @@ def refuse(options: MetaTrainOptions) -> None:
     if options.reading and options.objective != "regrad":
         raise UsageProblem(
             f"objective {options.objective} has no other tasks for --reading to stand beside", "leave --reading out"
+        )
+    if options.gradient_layers and options.objective != "regrad":
+        raise UsageProblem(
+            f"objective {options.objective} takes no gradients of passages", "leave --gradient-layers out"
         )
     for name in ("mix_context", "strangers"):
         if not 0 <= getattr(options, name) <= 1:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from regrad_cli.lexical import Lexicon
-from regrad_cli.segments import Segment, cosines, cut, fits
+from regrad_cli.segments import SEGMENT_TOKENS, Segment, cosines, cut, fits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,20 +44,24 @@ class Vectors:
 class Cutter:
     """Cuts passages into at most `most` segments, each passage once, and tells how well those fit a question.
 
-    token_spans  text → (start, end) characters of each token
+    token_spans     text → (start, end) characters of each token
+    segment_tokens  as `segments.cut` has it
     """
 
-    def __init__(self, token_spans: TokenSpans, most: int, vectors: Vectors) -> None:
+    def __init__(
+        self, token_spans: TokenSpans, most: int, vectors: Vectors, segment_tokens: int = SEGMENT_TOKENS
+    ) -> None:
         self.vectors = vectors
         self._spans = token_spans
         self._most = most
+        self._segment_tokens = segment_tokens
         self._lexicon = Lexicon()
         self._cut: dict[tuple[str, str], tuple[Segment, ...]] = {}
 
     def segments(self, title: str, text: str) -> tuple[Segment, ...]:
         """A passage's segments."""
         if (title, text) not in self._cut:
-            self._cut[title, text] = cut(title, text, self._spans, self._most)
+            self._cut[title, text] = cut(title, text, self._spans, self._most, self._segment_tokens)
         return self._cut[title, text]
 
     def fits(self, question: str, parts: Sequence[Segment]) -> np.ndarray:

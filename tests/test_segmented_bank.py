@@ -37,13 +37,15 @@ ABOUT = (
 )
 
 
-def cut_prior(path: Path, model: Path, **card: Any) -> Path:
+def cut_prior(path: Path, model: Path, changed: str = "", **card: Any) -> Path:
+    """A prior of segments, whose gradients are of the tensors alone whose names end so."""
     from regrad_cli.learn.prior import Prior
 
     prior = Prior.from_bytes(whole_prior(path, model).read_bytes())
     rule = {"name": "cut", "segments": SEGMENTS, "segment_temperature": 0.1, "k": 2, "gamma": 0.5}
     rule |= {"weights": "softmax", "temperature": 0.2}
-    path.write_bytes(replace(prior, card=prior.card | rule | card).to_bytes())
+    logs = {name: log for name, log in prior.log_step_sizes.items() if name.endswith(changed)}
+    path.write_bytes(replace(prior, log_step_sizes=logs, card=prior.card | rule | card).to_bytes())
     return path
 
 
@@ -53,9 +55,9 @@ def documents() -> dict[str, str]:
     return texts | {"Short.txt": "The tide turns at noon."}
 
 
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
-    return cut_prior(tmp_path_factory.mktemp("prior") / "cut.safetensors", tiny_model_folder)
+@pytest.fixture(scope="module", params=["", "down_proj.lora_B"], ids=["of every tensor", "of some tensors"])
+def prior(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    return cut_prior(tmp_path_factory.mktemp("prior") / "cut.safetensors", tiny_model_folder, request.param)
 
 
 def fill(root: Path, model: Path, embedder: Path, prior: Path, **options: Any) -> Path:
@@ -134,7 +136,7 @@ class ByHand:
         kept = heavy(weights)
         rows = [self.coded(parts[place][1]) for place in kept]
         decoded = [self.codec.decode(*row) if self.codec else row for row in rows]
-        stacked = {name: torch.cat([one[name] for one in decoded]) for name in self.prior.tensors}
+        stacked = {name: torch.cat([one[name] for one in decoded]) for name in self.prior.log_step_sizes}
         gamma = float(self.prior.card["gamma"])
         change = combine(stacked, [weights[place] for place in kept], self.prior.step_sizes, gamma)
         with adapted(self.model, self.prior, change):
@@ -194,6 +196,49 @@ def test_a_row_is_the_same_in_any_company(
         return sorted((row[1], row[4], *row[6:]) for row in rows(of).values())
 
     assert told(other) == told(bank)
+
+
+def test_the_prior_says_how_long_segments_are(
+    tmp_path: Path, tiny_model_folder: Path, tiny_embedder_folder: Path
+) -> None:
+    from regrad_cli.learn.rows import layout_of
+
+    found = {}
+    for tokens in (12, 10_000):
+        prior = cut_prior(tmp_path / f"{tokens}.safetensors", tiny_model_folder, segment_tokens=tokens)
+        with open_bank(fill(tmp_path / str(tokens), tiny_model_folder, tiny_embedder_folder, prior)) as opened:
+            for ref, passage, _ in opened.passages():
+                row = opened.read_rows([ref])
+                found[tokens, passage.title] = len(layout_of(opened.settings).split(row.codes, row.scales).owners)
+    assert all(found[10_000, title] == 1 for title in (*PLACES, "Short"))
+    assert all(found[12, title] == SEGMENTS for title in PLACES)
+
+
+def test_a_row_is_of_those_tensors_that_the_prior_changes(bank: Path, prior: Path) -> None:
+    from regrad_cli.learn.prior import Prior
+
+    given = Prior.from_bytes(prior.read_bytes())
+    with open_bank(bank) as opened:
+        assert opened.settings.tensors == given.shapes and len(given.shapes) == len(given.log_step_sizes)
+
+
+def test_an_adapter_has_every_tensor_of_the_prior(bank: Path, prior: Path, tmp_path: Path) -> None:
+    """Also those that no gradient changes: without them PEFT would answer with another θ."""
+    import torch
+    from safetensors.torch import load_file
+
+    from regrad_cli.answer import AskOptions
+    from regrad_cli.export import export
+    from regrad_cli.learn.prior import Prior
+
+    list(export(bank, QUESTION, tmp_path / "adapter", AskOptions(), device="cpu"))
+    given = Prior.from_bytes(prior.read_bytes())
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    changed = set()
+    for name, tensor in given.tensors.items():
+        if not torch.equal(found.pop(f"base_model.model.{name}.weight"), tensor):
+            changed.add(name)
+    assert not found and changed == set(given.log_step_sizes)
 
 
 def test_promise_20_readers_that_know_no_segments_refuse_the_bank(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,24 @@ def meta_train(
             help="Cut a passage into at most N segments, each with a gradient; as the prior of --init, otherwise 1.",
         ),
     ] = None,
+    segment_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--segment-tokens",
+            metavar="N",
+            min=1,
+            help="And into about as many as it has N tokens; as the prior of --init, otherwise 40.",
+        ),
+    ] = None,
+    gradient_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--gradient-layers",
+            metavar="N",
+            min=1,
+            help="Take gradients of the N uppermost layers alone: rows shrink with them. As --init's, otherwise half.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -172,7 +190,9 @@ def meta_train(
             reading=reading,
             strangers=strangers,
             k=k,
+            gradient_layers=gradient_layers,
             segments=segments,
+            segment_tokens=segment_tokens,
             temperature=temperature,
             segment_temperature=segment_temperature,
             questions=questions,

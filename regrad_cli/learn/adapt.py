@@ -46,23 +46,34 @@ def combine(
     return change
 
 
+Change = Mapping[str, torch.Tensor] | None  # {tensor name: (rows, cols)} of what gradients change; None: nothing
+
+
+def check_change(prior: Prior, change: Change) -> None:
+    """raises PriorMismatch where the change is not of the tensors that this prior's gradients change"""
+    wanted = {shape.name: (shape.rows, shape.cols) for shape in prior.shapes}
+    if change is not None and {name: tuple(tensor.shape) for name, tensor in change.items()} != wanted:
+        raise PriorMismatch("the change is of other tensors than the prior's", "use the prior the bank was made with")
+
+
+def changed(prior: Prior, change: Change, name: str) -> torch.Tensor:
+    """A tensor of θ + change, (rows, cols), in θ's type."""
+    own = prior.tensors[name]
+    return own if change is None or name not in change else own + change[name].to(own)
+
+
 @contextmanager
-def adapted(model: Model, prior: Prior, change: Mapping[str, torch.Tensor] | None = None) -> Iterator[None]:
+def adapted(model: Model, prior: Prior, change: Change = None) -> Iterator[None]:
     """The model answers with θ + change inside, and is what it was outside: on success, any exception and Ctrl-C.
 
-    change  {tensor name: (rows, cols)}; None leaves θ as it is
     raises  PriorMismatch where prior or change are not of this model
     """
     prior.check(model.projections)
-    tensors = prior.tensors
-    if change is not None:
-        if {name: tensor.shape for name, tensor in change.items()} != {n: t.shape for n, t in tensors.items()}:
-            raise PriorMismatch("the change is of other tensors than the prior", "use the prior the bank was made with")
-        tensors = {name: tensor + change[name].to(tensor) for name, tensor in tensors.items()}
+    check_change(prior, change)
 
     def hook(projection: Projection) -> Any:
-        a = tensors[projection.name_a].to(model.device, model.dtype).T  # (inputs, r)
-        b = (prior.scale * tensors[projection.name_b]).to(model.device, model.dtype).T  # (r, outputs)
+        a = changed(prior, change, projection.name_a).to(model.device, model.dtype).T  # (inputs, r)
+        b = (prior.scale * changed(prior, change, projection.name_b)).to(model.device, model.dtype).T  # (r, outputs)
         return partial(branch, a, b)
 
     def branch(a: torch.Tensor, b: torch.Tensor, _module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:

@@ -6,7 +6,7 @@ order may move a logit by its last bits, so that where two tokens are nearly tie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrad_cli.errors import PriorMismatch
-from regrad_cli.learn.adapt import hooked
+from regrad_cli.learn.adapt import Change, changed, check_change, hooked
 from regrad_cli.learn.model import Model, Projection
 from regrad_cli.learn.prior import Prior
 from regrad_cli.learn.prompt import next_tokens, padded_width
@@ -68,23 +67,19 @@ def greedy_batch(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int
 
 
 @contextmanager
-def adapted_rows(model: Model, prior: Prior, changes: Sequence[Mapping[str, torch.Tensor] | None]) -> Iterator[None]:
+def adapted_rows(model: Model, prior: Prior, changes: Sequence[Change]) -> Iterator[None]:
     """`adapted` for a batch: row i of what goes through the model inside meets θ + changes[i].
 
-    changes  as many as the batch has rows, {tensor name: (rows, cols)} each; None leaves θ as it is
+    changes  as many as the batch has rows, as `adapted` has one
     raises   PriorMismatch where prior or changes are not of this model
     """
     prior.check(model.projections)
-    shapes = {name: tensor.shape for name, tensor in prior.tensors.items()}
     for change in changes:
-        if change is not None and {name: tensor.shape for name, tensor in change.items()} != shapes:
-            raise PriorMismatch("a change is of other tensors than the prior", "use the prior the bank was made with")
+        check_change(prior, change)
 
     def stacked(name: str, scale: float = 1.0) -> torch.Tensor:
         """(B, rows, cols) in the model's dtype, summed in float32 as `adapted` does."""
-        own = prior.tensors[name]
-        rows = [own if change is None else own + change[name].to(own) for change in changes]
-        return (scale * torch.stack(rows)).to(model.device, model.dtype)
+        return (scale * torch.stack([changed(prior, change, name) for change in changes])).to(model.device, model.dtype)
 
     def hook(projection: Projection) -> Any:
         a = stacked(projection.name_a).transpose(1, 2)  # (B, inputs, r)

@@ -1,4 +1,4 @@
-"""Per-passage gradients of the prior: many passages in one pass, no graph below the first adapted projection.
+"""Per-passage gradients of the prior: many passages in one pass, no graph below the first tensor that has one.
 
 Knows models and priors; knows no bank and no codec. Shapes: N passages of L tokens, hidden size H, vocabulary V.
 
@@ -40,7 +40,7 @@ class PassageGradients:
     """What one pass yields.
 
     positions   (n,) places of these passages in the caller's sequence
-    tensors     {name: (n, rows, cols) float32}
+    tensors     {name: (n, rows, cols) float32} of the prior's `shapes`
     losses      (n,) float32, mean next-token cross-entropy of each passage
     finite      (n,) bool; False where the loss or any gradient value is not finite: that passage's tensors are zeros
     """
@@ -144,18 +144,23 @@ class _Passes:
         self.loss_of = _loss_function(model)
         self.scale = prior.scale
         self.placed = {name: tensor.to(model.device, model.dtype) for name, tensor in prior.tensors.items()}
+        self.sought = tuple(prior.log_step_sizes)
         self.local = threading.local()
 
     def tap_of(self, projection: Projection) -> Callable[..., torch.Tensor]:
         """The forward hook of one projection: adds the LoRA branch, and catches its gradients on the way back."""
         name_a, name_b = projection.name_a, projection.name_b
         a, b = self.placed[name_a], self.placed[name_b]
+        seeks = name_a in self.sought, name_b in self.sought
+
+        def plain(_module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            return output + self.scale * ((inputs[0] @ a.T) @ b.T)
 
         def tap(_module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             local = self.local
-            return output + _Tap.apply(inputs[0], local.anchor, a, b, self.scale, local.found, name_a, name_b)
+            return output + _Tap.apply(inputs[0], local.anchor, a, b, self.scale, local.found, (name_a, name_b), seeks)
 
-        return tap
+        return tap if any(seeks) else plain
 
     def one(
         self, passages: Sequence[Sequence[int]], positions: tuple[int, ...], shape: tuple[int, int]
@@ -169,14 +174,14 @@ class _Passes:
             labels[row, : len(passage) - 1] = passage[1:]
         found: Tensors = {}
         self.local.found = found
-        # The only leaf: the graph starts at the first adapted projection.
+        # The only leaf: the graph starts at the first projection whose gradient is sought.
         self.local.anchor = torch.zeros((), requires_grad=True)
         with torch.enable_grad():
             losses = self.loss_of(ids.to(self.model.device), labels.to(self.model.device))  # (N,)
             losses.sum().backward()
 
         count = len(positions)
-        tensors = {name: found[name][:count].float() for name in self.placed}
+        tensors = {name: found[name][:count].float() for name in self.sought}
         finite = torch.isfinite(losses[:count])
         for tensor in tensors.values():
             finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
@@ -187,7 +192,7 @@ class _Passes:
 
 
 class _Tap(torch.autograd.Function):
-    """scale · (x Aᵀ) Bᵀ, whose backward keeps each row's ∇A and ∇B instead of their sum over rows.
+    """scale · (x Aᵀ) Bᵀ, whose backward keeps those of each row's ∇A and ∇B that are sought, not their sum over rows.
 
     x (N, L, inputs), A (r, inputs), B (outputs, r); found[name] receives (N, r, inputs) and (N, outputs, r).
     """
@@ -201,12 +206,12 @@ class _Tap(torch.autograd.Function):
         b: torch.Tensor,
         scale: float,
         found: Tensors,
-        name_a: str,
-        name_b: str,
+        names: tuple[str, str],
+        seeks: tuple[bool, bool],
     ) -> torch.Tensor:
         low = x @ a.T  # (N, L, r)
         ctx.save_for_backward(x, low, a, b)
-        ctx.scale, ctx.found, ctx.names = scale, found, (name_a, name_b)
+        ctx.scale, ctx.found, ctx.names, ctx.seeks = scale, found, names, seeks
         return scale * (low @ b.T)
 
     @staticmethod
@@ -215,8 +220,10 @@ class _Tap(torch.autograd.Function):
         delta = deltas[0]
         back = ctx.scale * (delta @ b)  # (N, L, r)
         name_a, name_b = ctx.names
-        ctx.found[name_a] = back.transpose(1, 2) @ x
-        ctx.found[name_b] = ctx.scale * (delta.transpose(1, 2) @ low)
+        if ctx.seeks[0]:
+            ctx.found[name_a] = back.transpose(1, 2) @ x
+        if ctx.seeks[1]:
+            ctx.found[name_b] = ctx.scale * (delta.transpose(1, 2) @ low)
         return (back @ a if ctx.needs_input_grad[0] else None), None, None, None, None, None, None, None
 
 

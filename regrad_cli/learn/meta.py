@@ -10,7 +10,7 @@ questions of a task that weigh alike), hidden size H, vocabulary V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +106,7 @@ class MetaLearner:
     ) -> MetaGradient:
         """The meta-gradient of the sum of the episodes' losses.
 
-        theta   {name: (rows, cols) float32}; steps {name: α}
+        theta   {name: (rows, cols) float32}; steps {name: α} of those that passages' gradients change
         """
         device = self.model.device
         prior = {name: tensor.to(device, self.model.dtype) for name, tensor in theta.items()}
@@ -119,7 +119,8 @@ class MetaLearner:
 
         moved: Tensors = {}  # {name: (S, rows, cols)}, Σ w g
         for group in groups:
-            part = self._inner([passages[i] for i in group], prior, graph=len(groups) == 1 and not self._first_order)
+            whole = len(groups) == 1 and not self._first_order
+            part = self._inner([passages[i] for i in group], prior, steps, graph=whole)
             held = part if len(groups) == 1 else None
             rows = {name: tensor.detach().to(kind) for name, tensor in part.rows.items()}
             if self._codec is not None:
@@ -130,16 +131,16 @@ class MetaLearner:
         adapted = {}  # {name: (S, rows, cols)}, every θ′
         for name, tensor in theta.items():
             start = tensor.to(device).expand(len(member), *tensor.shape)
-            adapted[name] = start - steps[name] * moved[name] if moved else start
+            adapted[name] = start - steps[name] * moved[name] if name in moved else start
         losses, v = self._outer(episodes, adapted, places)  # v in the type of θ
 
         total = {name: value.sum(dim=0) for name, value in v.items()}
-        log_steps = dict.fromkeys(prior, 0.0)
+        log_steps = dict.fromkeys(steps, 0.0)
         if moved:
-            log_steps = {name: -steps[name] * float((v[name] * moved[name]).sum()) for name in prior}
+            log_steps = {name: -steps[name] * float((v[name] * moved[name]).sum()) for name in steps}
         if moved and not self._first_order:
             for group in groups:
-                part = held or self._inner([passages[i] for i in group], prior, graph=True)
+                part = held or self._inner([passages[i] for i in group], prior, steps, graph=True)
                 towards = [
                     (steps[name] * torch.einsum("sp,src->prc", member[:, group], v[name])).to(row)
                     for name, row in part.rows.items()
@@ -161,7 +162,7 @@ class MetaLearner:
             member, places = _weights([episode])
             tensors = {name: tensor.to(device).expand(len(member), *tensor.shape) for name, tensor in theta.items()}
             for group in self._groups(episode.passages):
-                part = self._inner([episode.passages[i] for i in group], prior, graph=False)
+                part = self._inner([episode.passages[i] for i in group], prior, steps, graph=False)
                 rows = {name: tensor.to(theta[name].dtype) for name, tensor in part.rows.items()}
                 if self._codec is not None:
                     rows = self._codec(rows)
@@ -181,8 +182,11 @@ class MetaLearner:
                 groups.append([place])
         return groups
 
-    def _inner(self, passages: Sequence[Sequence[int]], prior: Tensors, *, graph: bool) -> _Inner:
-        """Every passage's own gradient of the document loss at θ; with a graph, a function of θ."""
+    def _inner(
+        self, passages: Sequence[Sequence[int]], prior: Tensors, names: Collection[str], *, graph: bool
+    ) -> _Inner:
+        """Every passage's own gradient, for the tensors of these names, of the document loss at θ; with a graph, a
+        function of θ."""
         ids, lower = self._padded([Row((tuple(passage),)) for passage in passages])
         labels = torch.full_like(ids, IGNORED)
         for row, passage in enumerate(passages):
@@ -190,16 +194,17 @@ class MetaLearner:
         with torch.enable_grad(), self._twice_differentiable(graph):
             leaves = {name: tensor.detach().requires_grad_() for name, tensor in prior.items()}
             each = {name: leaf.expand(len(passages), *leaf.shape) for name, leaf in leaves.items()}
-            if not graph:  # rows of their own, so that nothing of the sum over them is kept
-                each = {name: tensor.detach().requires_grad_() for name, tensor in each.items()}
+            if not graph:  # rows of their own, so that nothing of the sum over them is kept, nor what is not sought
+                each = {name: tensor.detach().requires_grad_(name in names) for name, tensor in each.items()}
             flat, targets = self.upper.outputs(ids, lower, each).flatten(0, 1), labels.flatten()
             wanted = (targets != IGNORED).nonzero()[:, 0]
             wide = torch.promote_types(self.model.dtype, torch.float32)
             shares = torch.tensor([1.0 / (len(passage) - 1) for passage in passages], device=ids.device, dtype=wide)
             share = shares.repeat_interleave(ids.shape[1])[wanted]
             loss = self._document_loss(flat[wanted], targets[wanted], share)
-            rows = torch.autograd.grad(loss, list(each.values()), create_graph=graph)
-        return _Inner(dict(zip(each, rows, strict=True)), leaves)
+            sought = [name for name in each if name in names]
+            rows = torch.autograd.grad(loss, [each[name] for name in sought], create_graph=graph)
+        return _Inner(dict(zip(sought, rows, strict=True)), leaves)
 
     def _twice_differentiable(self, graph: bool) -> AbstractContextManager[Any]:
         """Fused attention has no second derivative. On a CPU, where threads would meet in this switch, `ready` has put
@@ -303,7 +308,8 @@ def _weights(episodes: Sequence[Episode]) -> tuple[torch.Tensor, list[int]]:
 
 @dataclass(frozen=True)
 class _Inner:
-    """Gradients of passages, {name: (P, rows, cols)}, and the leaves they depend on where there is a graph."""
+    """Gradients of passages, {name: (P, rows, cols)}, and the leaves they depend on, all of θ, where there is a
+    graph."""
 
     rows: Rows
     leaves: Tensors

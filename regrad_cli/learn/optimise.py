@@ -50,10 +50,9 @@ class Training:
         self.validated = -1
         self.steps = steps
         self.best: Best | None = None
-        self._names = list(start.tensors)
+        self._names, self._changed = list(start.tensors), list(start.log_step_sizes)
         self._theta = [tensor.detach().clone().float() for tensor in start.tensors.values()]
-        logs = [start.log_step_sizes[name] for name in self._names]
-        self._logs = torch.tensor(logs, dtype=torch.float32)
+        self._logs = torch.tensor(list(start.log_step_sizes.values()), dtype=torch.float32)
         self._rates = (learning_rate, step_rate)
         groups = [{"params": self._theta, "lr": learning_rate}, {"params": [self._logs], "lr": step_rate}]
         self._adam = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
@@ -64,7 +63,7 @@ class Training:
 
     @property
     def log_steps(self) -> dict[str, float]:
-        return dict(zip(self._names, self._logs.tolist(), strict=True))
+        return dict(zip(self._changed, self._logs.tolist(), strict=True))
 
     @property
     def step_sizes(self) -> dict[str, float]:
@@ -100,8 +99,8 @@ class Training:
                 group["lr"] = rate * self.rate_share
             for name, parameter in zip(self._names, self._theta, strict=True):
                 parameter.grad = tensors[name].detach().to("cpu", torch.float32)
-            logs = log_steps or dict.fromkeys(self._names, 0.0)
-            self._logs.grad = torch.tensor([logs[name] for name in self._names], dtype=torch.float32)
+            logs = log_steps or dict.fromkeys(self._changed, 0.0)
+            self._logs.grad = torch.tensor([logs[name] for name in self._changed], dtype=torch.float32)
             for part in (self._theta, [self._logs]):
                 torch.nn.utils.clip_grad_norm_(part, CLIP)
             self._adam.step()
@@ -178,7 +177,7 @@ class Training:
 
     def _best(self, card: Mapping[str, Any], tensors: Tensors) -> Best:
         theta = {name: self._kept(tensors, f"best.{name}", name) for name in self._names}
-        score, logs = card["score"], {name: card["logs"][name] for name in self._names}
+        score, logs = card["score"], {name: card["logs"][name] for name in self._changed}
         if not all(isinstance(each, float) and abs(each) < STEEPEST for each in logs.values()):
             raise ValueError("a step size of the best cannot be")
         if not isinstance(score, float) or not math.isfinite(score):

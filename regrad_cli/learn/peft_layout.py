@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from regrad_cli.learn.adapt import changed, check_change
 from regrad_cli.learn.model import DTYPES, Projection, find_projections
 from regrad_cli.learn.prior import Prior
 
@@ -49,10 +50,11 @@ def adapter_files(
     """
     prior.check(projections)
     kind = torch.float32 if dtype == "auto" else DTYPES[dtype]
+    check_change(prior, change)
     tensors = {}
     for projection in projections:
         for part, name in (("lora_A", projection.name_a), ("lora_B", projection.name_b)):
-            tensor = prior.tensors[name] + change[name].to(prior.tensors[name])
+            tensor = changed(prior, change, name)
             tensors[f"base_model.model.{projection.path}.{part}.weight"] = tensor.to("cpu", kind).contiguous()
     config = adapter_config(prior, projections, base_model)
     text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"

@@ -21,10 +21,11 @@ from safetensors.torch import load, save
 from regrad_cli.errors import Damaged, PriorMismatch
 from regrad_cli.learn.model import Model, Projection
 from regrad_cli.records import TensorShape, canonical_json, sha256_hex
-from regrad_cli.segments import SEGMENT_TEMPERATURE
+from regrad_cli.segments import SEGMENT_TEMPERATURE, SEGMENT_TOKENS
 
 FORMAT = "regrad prior 1"
 LOG_STEP_SIZES = "log_step_sizes"
+CHANGED = "changed"  # in a file's card: the names that step sizes are of, where they are not of all tensors
 VALUES, INT8 = "values", "int8"
 MOST_K = 1000
 MOST_SEGMENTS = 64
@@ -39,11 +40,11 @@ class Prior:
 
     tensors         {name: (rows, cols) float32}, `lora_A` (rank, inputs) and `lora_B` (outputs, rank) of each
                     projection, in the model's order
-    log_step_sizes  {name: log α}, one for every tensor
+    log_step_sizes  {name: log α}, one for every tensor that a passage's gradient changes, in the same order
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
                     "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "f1" by codec
                     where that was measured, "segments" and "segment_temperature" where passages were cut,
-                    "strength_among_passages" (see `among_passages`)
+                    "segment_tokens" the same, "strength_among_passages" (see `among_passages`)
     strength        what its LoRA branch is multiplied by
     """
 
@@ -98,12 +99,18 @@ class Prior:
         return float(self.card.get("segment_temperature", SEGMENT_TEMPERATURE))
 
     @property
+    def segment_tokens(self) -> int:
+        """A passage is cut into about as many segments as it has so many tokens."""
+        return int(self.card.get("segment_tokens", SEGMENT_TOKENS))
+
+    @property
     def shapes(self) -> tuple[TensorShape, ...]:
-        return tuple(TensorShape(name, *tensor.shape) for name, tensor in self.tensors.items())
+        """Of what a passage's gradient has."""
+        return tuple(TensorShape(name, *self.tensors[name].shape) for name in self.log_step_sizes)
 
     def check(self, projections: Sequence[Projection]) -> None:
         """raises PriorMismatch unless this prior is of exactly these projections."""
-        own = [(shape.name, shape.rows, shape.cols) for shape in self.shapes]
+        own = [(name, *tensor.shape) for name, tensor in self.tensors.items()]
         rank = next(iter(self.tensors.values())).shape[0]
         wanted = []
         for projection in projections:
@@ -127,13 +134,16 @@ class Prior:
 
     def to_bytes(self) -> bytes:
         """The prior as a safetensors file; same prior, same bytes (one metadata key: their order is not kept)."""
-        logs = torch.tensor([self.log_step_sizes[name] for name in self.tensors], dtype=torch.float64)
+        changed = [name for name in self.tensors if name in self.log_step_sizes]
+        logs = torch.tensor([self.log_step_sizes[name] for name in changed], dtype=torch.float64)
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.tensors.items()}
         if self.card.get(VALUES) == INT8:
             scales = {name: _scale(tensor) for name, tensor in tensors.items()}
             tensors = {name: (tensor / scales[name]).to(torch.int8) for name, tensor in tensors.items()}
             tensors |= {f"{name}.scale": scale for name, scale in scales.items()}
         card = {"format": FORMAT, "order": list(self.tensors), **self.card}
+        if len(changed) < len(self.tensors):
+            card[CHANGED] = changed
         return save(tensors | {LOG_STEP_SIZES: logs}, metadata={"card": canonical_json(card)})
 
     @classmethod
@@ -147,7 +157,10 @@ class Prior:
                 raise ValueError("another format")
             _refuse_odd_card(card)
             tensors = load(data)
-            logs = dict(zip(order, tensors.pop(LOG_STEP_SIZES).tolist(), strict=True))
+            changed = card.pop(CHANGED, order)
+            if not changed or changed != [name for name in order if name in changed]:
+                raise ValueError("it changes other tensors than it has")
+            logs = dict(zip(changed, tensors.pop(LOG_STEP_SIZES).tolist(), strict=True))
             if not all(isinstance(log, float) and abs(log) <= STEEPEST for log in logs.values()):
                 raise ValueError("a step size cannot be")
             if card.get(VALUES) == INT8:
@@ -194,6 +207,9 @@ def _refuse_odd_card(card: Mapping[str, Any]) -> None:
     segments = card.get("segments", 1)
     if type(segments) is not int or not 1 <= segments <= MOST_SEGMENTS:
         raise ValueError(f"its card's segments are not from 1 to {MOST_SEGMENTS}")
+    tokens = card.get("segment_tokens", SEGMENT_TOKENS)
+    if type(tokens) is not int or not 1 <= tokens < 1 << 20:
+        raise ValueError("its card's segments have no length")
     shares = card.get("segment_temperature", SEGMENT_TEMPERATURE)
     among = card.get(AMONG, 1.0)
     rules = {"mean": 1.0, "sum": 1.0, "softmax": card.get("temperature", 0.0)}

@@ -1,6 +1,5 @@
-"""The step size of a prior that nothing has been learned into: a short search on fixed texts that ship with regrad.
-
-Never on the user's texts: rows of a bank would depend on them. Knows models and priors only.
+"""Which tensors have a step size, and which one where nothing has been learned: a short search on fixed texts that ship
+with regrad, never on the user's, or rows of a bank would depend on them. Knows models and priors only.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ from math import log
 
 import torch
 
+from regrad_cli.errors import UsageProblem
 from regrad_cli.learn.adapt import adapted, combine
 from regrad_cli.learn.gradients import passage_gradients
-from regrad_cli.learn.model import Model
+from regrad_cli.learn.model import Model, decoder_layers
 from regrad_cli.learn.prior import Prior
 
 MIN_POWER, START_POWER, MAX_POWER, MARGIN = -6, 5, 12, 2
@@ -42,7 +42,7 @@ def with_found_step_size(model: Model, prior: Prior) -> Prior:
         if power not in totals:
             totals[power] = 0.0
             for position, ids in enumerate(passages):
-                change = combine(found[position], [1.0], dict.fromkeys(prior.tensors, 2.0**power))
+                change = combine(found[position], [1.0], dict.fromkeys(prior.log_step_sizes, 2.0**power))
                 with adapted(model, prior, change):
                     totals[power] += _loss(model, ids)
         return totals[power]
@@ -52,7 +52,24 @@ def with_found_step_size(model: Model, prior: Prior) -> Prior:
     direction = 1 if total(best + 1) < total(best) else -1
     while MIN_POWER <= best + direction <= MAX_POWER and total(best + direction) < total(best):
         best += direction
-    return replace(prior, log_step_sizes=dict.fromkeys(prior.tensors, log(2.0 ** (best - MARGIN))))
+    return replace(prior, log_step_sizes=dict.fromkeys(prior.log_step_sizes, log(2.0 ** (best - MARGIN))))
+
+
+def of_uppermost(model: Model, prior: Prior, layers: int) -> Prior:
+    """The prior with gradients of so many of the uppermost layers alone; the rest of θ is as it was.
+
+    raises  UsageProblem where gradients of those layers are not all in the prior
+    """
+    path, every = decoder_layers(model.network)
+    wanted = tuple(f"{path}.{number}." for number in range(max(0, len(every) - layers), len(every)))
+    kept = {name: log for name, log in prior.log_step_sizes.items() if name.startswith(wanted)}
+    there = len({name.removeprefix(f"{path}.").split(".")[0] for name in kept})
+    if there < layers:
+        raise UsageProblem(
+            f"gradients of {layers} layers are wanted, and there are some of {there}",
+            "give --gradient-layers a lower number, or leave it out",
+        )
+    return replace(prior, log_step_sizes=kept)
 
 
 def _loss(model: Model, ids: list[int]) -> float:

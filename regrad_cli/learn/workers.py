@@ -80,5 +80,6 @@ def mean_gradient(parts: Sequence[MetaGradient]) -> tuple[Tensors | None, dict[s
     for part in parts[1:]:
         for name, tensor in part.tensors.items():
             tensors[name] = tensors[name] + tensor / count
-            logs[name] += part.log_steps[name] / count
+        for name, log in part.log_steps.items():
+            logs[name] += log / count
     return tensors, logs
