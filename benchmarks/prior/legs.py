@@ -75,7 +75,7 @@ def stopped(options: MetaTrainOptions, begun: Prior, step: int) -> Prior:
 
 
 def halfway(one: Prior, other: Prior) -> Prior:
-    """The mean of two priors' θ and log α, with the first one's card."""
+    """The mean of two priors' θ and log α, with the first one's card, and gradients of what the first has them of."""
     logs = {name: (log + other.log_step_sizes[name]) / 2 for name, log in one.log_step_sizes.items()}
     tensors = {name: (tensor + other.tensors[name]) / 2 for name, tensor in one.tensors.items()}
     return replace(one, tensors=tensors, log_step_sizes=logs)

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from random import Random
+from typing import Any, NamedTuple
 
 from benchmarks.prior import cloze, swapped
 from benchmarks.prior.further import drawn, further
@@ -33,7 +34,8 @@ SECOND_ENDS, THIRD_ENDS = 583, 225  # steps: later, what they were to learn from
 
 
 class Recipe(NamedTuple):
-    """The settings of the prior's first four legs (docs/experiments.md, 3, 7 and 9); the fifth is `last_leg`'s.
+    """The settings of the prior's first four legs (docs/experiments.md, 3, 7 and 9); the fifth is `last_leg`'s, and two
+    more are `reading_legs`'.
 
     first   whole passages as they are
     second  segments, with other answers; what is wanted is halfway from the first to where it stops
@@ -132,6 +134,42 @@ def last_leg(
     )
 
 
+def reading_legs(data: Path, work: Path, fifth: MetaTrainOptions) -> tuple[MetaTrainOptions, MetaTrainOptions]:
+    """The sixth leg, with tasks at θ itself, and the seventh, of finer segments and fewer layers' gradients
+    (docs/experiments.md, 16). What is wanted of each is halfway from where it began."""
+    tasks = [read(data / f"{name}-train.jsonl") for name in ("nq", "xquad")]
+
+    def anew(name: str, seed: int, copies: int, invented: int, **settings: Any) -> MetaTrainOptions:
+        folder = work / name
+        folder.mkdir(exist_ok=True)
+        nq, xquad = tasks
+        files = (
+            written(folder / "nq.jsonl", nq),
+            written(folder / "xquad.jsonl", xquad),
+            written(folder / "swapped-nq.jsonl", Random(seed).sample(list(swapped.generate(nq, seed, 1)), 1200)),
+            written(folder / "swapped-xquad.jsonl", swapped.generate(xquad, seed, copies)),
+            worlds(folder / "worlds.jsonl", seed=seed, tasks=invented),
+        )
+        return replace(
+            fifth,
+            tasks=files,
+            out=folder / "starter.safetensors",
+            learning_rate=4e-4,
+            keep="last",
+            seed=seed,
+            **settings,
+        )
+
+    sixth = anew(
+        "sixth", 53, 3, 300, init=work / "fifth.safetensors", steps=560, validate_every=140, mix_context=0.5, reading=4
+    )
+    seventh = anew(
+        "seventh", 67, 4, 500, init=work / "sixth.safetensors", steps=480, validate_every=120, reading=2,
+        gradient_layers=10, segments=4, segment_tokens=30,
+    )  # fmt: skip
+    return sixth, seventh
+
+
 def make_prior(data: Path, work: Path) -> None:
     """The prior, into the package: rounded, for the package may grow by 4 MB at most."""
     first, second, third, fourth = recipe(data, work)
@@ -146,8 +184,17 @@ def make_prior(data: Path, work: Path) -> None:
     list(learn(fourth))
     last = last_leg(data, work, fourth, partial(further, reader=fourth.out))
     list(learn(last))
-    prior = halfway(learned(last.out), learned(fourth.out))
-    card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, last), AMONG: AMONG_PASSAGES}
+    sixth, seventh = reading_legs(data, work, last)
+    assert sixth.init is not None and seventh.init is not None
+    begun = halfway(learned(last.out), learned(fourth.out))
+    begun = replace(begun, card=begun.card | {AMONG: AMONG_PASSAGES}).rounded()
+    sixth.init.write_bytes(begun.to_bytes())
+    list(learn(sixth))
+    between = halfway(begun, learned(sixth.out))
+    seventh.init.write_bytes(between.rounded().to_bytes())
+    list(learn(seventh))
+    prior = halfway(learned(seventh.out), between)
+    card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, seventh)}
     prior = replace(prior, card=card).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
