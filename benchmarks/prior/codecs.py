@@ -26,7 +26,7 @@ DIMENSION = 384  # of the segments' vectors, which lie in a row too
 
 
 class Cost(NamedTuple):
-    """A row's bytes (all segments), how often they go into a whole passage's gradient in fp32, ms a gradient."""
+    """A row's bytes (all segments), how often they go into a whole passage's gradient of all of θ in fp32, ms each."""
 
     row_bytes: int
     smaller: float
@@ -65,7 +65,7 @@ def costs(prior: Path, names: Sequence[str], data: Path) -> Iterator[tuple[str, 
         for part in passage_gradients(model, own, ids)
         for row in range(len(part.positions))
     ]
-    whole = 4 * sum(shape.rows * shape.cols for shape in own.shapes)
+    whole = 4 * sum(tensor.numel() for tensor in own.tensors.values())
     for name in names:
         codec = Codec(parse_codec(name), own.shapes)
         code_bytes, scales = widths(parse_codec(name), own.shapes, own.segments, DIMENSION)
