@@ -60,10 +60,11 @@ SIZES = {PLAIN[1][0]: 1e-30, PLAIN[2][0]: 1e30, "table.csv#3": 0.0}  # of a docu
 LATER = (("table.csv#3", "Row", ("third, of the table",)), ("stdin#note", "Note", ("said once", "and once more")))
 
 
-def prior(seed: int, name: str, *, rounded: bool = False, **more: object) -> Prior:
+def prior(seed: int, name: str, *, rounded: bool = False, left_out: int = 0, **more: object) -> Prior:
+    """Gradients change all of the shapes but so many of the first."""
     drawn = np.random.default_rng(seed)
     tensors = {s.name: torch.from_numpy(drawn.normal(0, 0.1, (s.rows, s.cols)).astype(np.float32)) for s in SHAPES}
-    logs = {shape.name: float(place - 2) / 4 for place, shape in enumerate(SHAPES)}
+    logs = {shape.name: float(place - 2) / 4 for place, shape in enumerate(SHAPES) if place >= left_out}
     card = {"name": name, "trained": True, "model": sha256_hex("model"), "rank": 2, "k": 3, "gamma": 1.5}
     made = Prior(tensors, logs, card | {"weights": "mean"} | more)
     return made.rounded() if rounded else made
@@ -71,7 +72,7 @@ def prior(seed: int, name: str, *, rounded: bool = False, **more: object) -> Pri
 
 def settings(of: Prior, codec: str, **changes: object) -> BankSettings:
     cut = int(str(changes.get("segments", 1)))
-    made = RowLayout(parse_codec(codec), SHAPES, cut, DIMENSION)
+    made = RowLayout(parse_codec(codec), of.shapes, cut, DIMENSION)
     values: dict[str, object] = {
         "model": sha256_hex("model"),
         "model_name": "golden",
@@ -79,7 +80,7 @@ def settings(of: Prior, codec: str, **changes: object) -> BankSettings:
         "prior": sha256_hex(of.to_bytes()),
         "prior_name": of.card["name"],
         "prior_trained": of.trained,
-        "tensors": SHAPES,
+        "tensors": of.shapes,
         "codec": made.codec.settings,
         "code_bytes": made.code_bytes,
         "scale_count": made.scale_count,
@@ -97,7 +98,8 @@ def gradients(made_for: BankSettings, passage: Passage) -> dict[str, torch.Tenso
     key = row_key(passage, made_for.model, made_for.tokenizer, made_for.prior)
     drawn = np.random.default_rng(list(key))
     size = SIZES.get(passage.source, 1e-3)
-    return {s.name: torch.from_numpy((size * drawn.normal(size=(1, s.rows, s.cols))).astype("<f4")) for s in SHAPES}
+    shapes = made_for.tensors
+    return {s.name: torch.from_numpy((size * drawn.normal(size=(1, s.rows, s.cols))).astype("<f4")) for s in shapes}
 
 
 def rows(made_for: BankSettings, source: str, title: str, texts: tuple[str, ...]) -> tuple:
@@ -219,6 +221,7 @@ BANKS: Mapping[str, Callable[[Path], None]] = {
     "indexed": indexed,
     "no-text": lambda path: filled(path, "r1-int4", PLAIN, keep_text=False),
     "segments": lambda path: filled(path, "r1-int4", PLAIN, LATER, of=prior(4, "cut", segments=3), segments=3),
+    "some-tensors": lambda path: filled(path, "r2-int2", PLAIN, of=prior(5, "some", left_out=1, segment_tokens=30)),
     "empty": lambda path: filled(path, "r1-int4", ()),
     "packed": several,
     "r1-int4": codec("r1-int4", rounded=True),
