@@ -81,8 +81,6 @@ def test_on_the_starter_a_passages_own_gradient_makes_its_answers_likelier_and_a
 def test_on_the_starter_answers_are_short_and_end_by_themselves(
     starter_folder: Path, embedder_folder: Path, tmp_path: Path
 ) -> None:
-    """All but one of sixteen: one in a hundred repeats a word until it is cut off (docs/experiments.md, 16), and of
-    these "Petrel 3 Petrel 3 …" does."""
     from regrad_cli.answer import Answerer, AskOptions
     from regrad_cli.records import Answer
 
@@ -94,12 +92,9 @@ def test_on_the_starter_answers_are_short_and_end_by_themselves(
     for place, task in enumerate(tasks):
         (docs / f"{place}.md").write_text(f"# {task['title']}\n\n{task['passages'][0]}\n", encoding="utf-8")
     use_cases.ingest(bank, docs)
-    endless = []
     with Answerer(bank, modes={"regrad", "both"}) as answerer:
         for task in tasks:
             for mode in ("regrad", "both"):
                 *_, answer = answerer.ask(task["questions"][0]["question"], AskOptions(mode=mode, max_tokens=64))
-                assert isinstance(answer, Answer) and answer.grounded and answer.tokens["answer"]
-                if answer.tokens["answer"] > 24:
-                    endless.append(answer.answer)
-    assert len(endless) <= 1, endless
+                assert isinstance(answer, Answer) and answer.grounded
+                assert 1 <= answer.tokens["answer"] <= 24, answer.answer

@@ -17,7 +17,7 @@ from torch import nn
 from regrad_cli.learn.adapt import Change, changed, check_change, hooked
 from regrad_cli.learn.model import Model, Projection
 from regrad_cli.learn.prior import Prior
-from regrad_cli.learn.prompt import next_tokens, padded_width
+from regrad_cli.learn.prompt import next_tokens, padded_width, said_once
 
 # Prompts in one batch, and their tokens with padding: what a prompt of many passages may take of memory.
 ROWS = {"cpu": 16, "cuda": 128, "mps": 32}
@@ -53,7 +53,7 @@ def batches(model: Model, lengths: Sequence[int], max_tokens: int) -> list[list[
 
 
 def greedy_batch(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """The answer's tokens for each prompt, without the token that ends it."""
+    """The answer's tokens for each prompt, without the token that ends it and without what only repeats them."""
     ends = set(model.end_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
@@ -61,6 +61,10 @@ def greedy_batch(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int
         going -= {row for row in going if tokens[row] in ends}
         for row in going:
             answers[row].append(tokens[row])
+        for row in tuple(going):
+            if (once := said_once(answers[row])) is not None:
+                del answers[row][once:]
+                going.remove(row)
         if not going:
             break
     return answers

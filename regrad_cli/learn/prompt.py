@@ -13,6 +13,7 @@ from regrad_cli.learn.model import Model, last
 
 INSTRUCTION = "Answer the question in a few words."
 PADDED = {"cpu": 16}  # tokens
+COPIES, REPEATED = 3, 16  # of a block of tokens, and tokens in all, before an answer is taken to only repeat itself
 
 
 def question_text(question: str, passages: Sequence[str] = ()) -> str:
@@ -32,18 +33,51 @@ def prompt_ids(model: Model, question: str, passages: Sequence[str] = ()) -> lis
 
 
 def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Generator[int, None, int | None]:
-    """The most likely next token, again and again, until the answer ends; the ending token is not yielded but returned,
-    None where there was none.
+    """The most likely next token, again and again, until the answer ends or only repeats itself (`said_once`); the
+    ending token is not yielded but returned, None where there was none.
 
     The same tokens as transformers' `generate(do_sample=False)`, one at a time and in the caller's thread, so that
-    they can be streamed and interrupted. Between two tokens the caller's own gradient mode is in force.
+    they can be streamed and interrupted; what may turn out to be a repetition comes once it is known not to be.
+    Between two tokens the caller's own gradient mode is in force.
     """
     ends = set(model.end_ids)
+    ids: list[int] = []
+    passed = 0
     for (token,) in next_tokens(model, [prompt], max_tokens):
         if token in ends:
+            yield from ids[passed:]
             return token
-        yield token
+        ids.append(token)
+        if (once := said_once(ids)) is not None:
+            yield from ids[passed:once]
+            return None
+        while passed < len(ids) and not _repeats(ids, passed):
+            yield ids[passed]
+            passed += 1
+    yield from ids[passed:]
     return None
+
+
+def said_once(ids: Sequence[int]) -> int | None:
+    """How many of an answer's tokens come before it only repeats itself: before the second copy of the block that it
+    ends in, where that stands there at least `COPIES` times and over `REPEATED` tokens. None where none does.
+
+    Greedy decoding does not leave such a loop again (Holtzman et al., arXiv 1904.09751): it would go on to the limit.
+    """
+    for period in range(1, len(ids) // COPIES + 1):
+        same = 0  # tokens at the end that are those of a period before
+        while same < len(ids) - period and ids[-1 - same] == ids[-1 - same - period]:
+            same += 1
+        if same + period >= max(REPEATED, COPIES * period):
+            return len(ids) - same
+    return None
+
+
+def _repeats(ids: Sequence[int], first: int) -> bool:
+    """Whether all tokens from the first-th on are those of some period before, so that a repetition may have begun."""
+    return any(
+        all(ids[place] == ids[place - period] for place in range(first, len(ids))) for period in range(1, first + 1)
+    )
 
 
 def padded_width(model: Model, tokens: int) -> int:
