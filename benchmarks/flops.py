@@ -1,14 +1,15 @@
 """Counts the arithmetic of one passage, and measures how much of it this machine does a second in matrix products.
 
 The count, for a passage of T tokens (one multiplication and one addition are two operations):
-  lower forward    2 · T · parameters of the linear maps of the layers below the first adapted one
-  upper forward    2 · T · parameters of those from it on
-  upper backward   2 · T · the same, without the first adapted layer's maps that come before its last (nothing asks for
-                   a gradient there); once, not twice: frozen weights get no gradient
+  forward          2 · T · parameters of the linear maps of all layers
+  backward         2 · T · parameters of those from the first layer on whose gradient is sought, without that layer's
+                   maps before its last (nothing asks for a gradient there); once: frozen weights get none
   output matrix    2 · T · vocabulary · width, forward, and once more backward
   attention        2 · T² · width a layer forward (scores and mixing, the causal half), twice that backward
-  adapters         6 · T · rank · (inputs + outputs) a projection: branch, its backward, the two gradients
+  adapters         2 · T · rank · (inputs + outputs) an adapted projection, and twice that again for the backward
+                   pass and the two gradients where they are sought
   embedder         2 · T · parameters of its linear maps (regrad alone)
+The plain loop seeks the gradients of all adapted projections, regrad those that its prior's step sizes name.
 The rate is that of the largest parts' own shapes, weights in cache, nothing between the products: no program that does
 this arithmetic is faster than count / rate. Run as a process it prints JSON.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +42,16 @@ class Product(NamedTuple):
 
 
 class Count(NamedTuple):
-    """Operations of a passage: the plain loop's, what regrad's has beside it, and the products they consist of."""
+    """Operations of a passage and the products that regrad's consist of.
 
+    plain     the plain loop's
+    gradient  regrad's; embedder: what it has beside it
+    """
+
+    plain: float
     gradient: float
     embedder: float
     products: list[Product]
-
-    @property
-    def total(self) -> float:
-        return self.gradient + self.embedder
 
 
 def skeleton(folder: Path) -> Any:
@@ -61,14 +63,18 @@ def skeleton(folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
-def count_gradient(network: Any, tokens: float) -> tuple[float, list[Product]]:
-    """(operations of one passage's gradient, its products) for a causal language model."""
-    from regrad_cli.learn.model import find_projections, first_adapted_layer
+def count_gradient(network: Any, tokens: float, changed: Collection[str] | None = None) -> tuple[float, list[Product]]:
+    """(operations of one passage's gradient, its products) for a causal language model.
+
+    changed  names of the LoRA tensors whose gradients are sought; None: of all adapted projections
+    """
+    from regrad_cli.learn.model import find_projections
 
     config = network.config.get_text_config()
     layers = _layers(network, config.num_hidden_layers)
-    first = first_adapted_layer(network)
     projections = find_projections(network)
+    sought = [p for p in projections if changed is None or p.name_a in changed or p.name_b in changed]
+    first = next(index for index, layer in enumerate(layers) if _in(layer, sought[0]))
     products: list[Product] = []
     for index, layer in enumerate(layers):
         linear = _products(layer)
@@ -76,13 +82,13 @@ def count_gradient(network: Any, tokens: float) -> tuple[float, list[Product]]:
         if index > first:
             products += [Product(p.outputs, p.inputs) for p in linear]
         elif index == first:
-            last = [p for p in projections if any(p.module is module for module in layer.modules())][-1]
+            last = [p for p in sought if _in(layer, p)][-1]
             products.append(Product(last.outputs, last.inputs))
     width, vocabulary = config.hidden_size, config.vocab_size
     products += [Product(width, vocabulary), Product(vocabulary, width)]
     upper = len(layers) - first - 1
     attention = 2 * tokens**2 * width * (len(layers) + 2 * upper)
-    adapters = sum(6 * tokens * RANK * (p.inputs + p.outputs) for p in projections)
+    adapters = sum(2 * tokens * RANK * (p.inputs + p.outputs) * (3 if p in sought else 1) for p in projections)
     return sum(p.per_token for p in products) * tokens + attention + adapters, _merged(products)
 
 
@@ -99,11 +105,16 @@ def count_embedder(folder: Path, tokens: float) -> tuple[float, list[Product]]:
     return sum(p.per_token for p in products) * tokens + attention, _merged(products)
 
 
-def count(model: Path, embedder: Path, tokens: float) -> Count:
-    """Operations of one passage of `tokens` tokens."""
-    gradient, products = count_gradient(skeleton(model), tokens)
+def count(model: Path, embedder: Path, tokens: float, changed: Collection[str] | None = None) -> Count:
+    """Operations of one passage of `tokens` tokens; `changed` as for `count_gradient`."""
+    network = skeleton(model)
+    gradient, products = count_gradient(network, tokens, changed)
     vector, more = count_embedder(embedder, tokens)
-    return Count(gradient, vector, products + more)
+    return Count(count_gradient(network, tokens)[0], gradient, vector, products + more)
+
+
+def _in(layer: Any, projection: Any) -> bool:
+    return any(projection.module is module for module in layer.modules())
 
 
 def _layers(network: Any, count: int) -> list[Any]:
@@ -165,10 +176,15 @@ def _seconds(work: Any, device: str) -> float:
 
 
 def main(arguments: Sequence[str]) -> None:
-    model, embedder, tokens, device = arguments
-    found = count(Path(model), Path(embedder), float(tokens))
+    """MODEL EMBEDDER TOKENS DEVICE PRIOR: what a passage costs with this prior, and the rates."""
+    from regrad_cli.learn.prior import Prior
+
+    model, embedder, tokens, device, prior = arguments
+    changed = Prior.from_bytes(Path(prior).read_bytes()).log_step_sizes
+    found = count(Path(model), Path(embedder), float(tokens), changed)
     rates = {dtype: rate(found.products, dtype, device) for dtype in ("fp32", "bf16")}
-    print(json.dumps({"gradient": found.gradient, "embedder": found.embedder, "rates": rates}))
+    operations = {"plain": found.plain, "gradient": found.gradient, "embedder": found.embedder}
+    print(json.dumps(operations | {"rates": rates}))
 
 
 if __name__ == "__main__":

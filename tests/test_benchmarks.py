@@ -299,6 +299,7 @@ def test_the_double_backward_loop_takes_the_same_steps_as_regrad(tiny_model_fold
 
 def test_operations_are_counted_by_the_formula(tiny_model_folder, tiny_embedder_folder):
     from benchmarks import flops
+    from regrad_cli.learn.model import find_projections
 
     hidden, inner = 32, 64
     network = flops.skeleton(tiny_model_folder)
@@ -317,6 +318,15 @@ def test_operations_are_counted_by_the_formula(tiny_model_folder, tiny_embedder_
     assert flops.count_embedder(tiny_embedder_folder, tokens)[0] == 2 * tokens * encoder + 4 * tokens**2 * width * 2
     found = flops.count(tiny_model_folder, tiny_embedder_folder, tokens)
     assert sum(p.per_token for p in found.products) * tokens == 2 * tokens * (linear + encoder)
+    assert found.plain == found.gradient == flops.count_gradient(network, tokens)[0]
+
+    # Gradients of the uppermost layer's last projection alone: backward goes no further than that.
+    last = find_projections(network)[-1]
+    found = flops.count(tiny_model_folder, tiny_embedder_folder, tokens, {last.name_b})
+    linear -= layer
+    scores = 2 * tokens**2 * hidden * 4
+    adapters = 2 * tokens * flops.RANK * (6 + 2) * (hidden + inner)
+    assert found.gradient == 2 * tokens * linear + scores + adapters < found.plain
 
 
 # ── a million rows ──────────────────────────────────────────────────────────────────────────────────────────────────

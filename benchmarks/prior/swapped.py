@@ -89,13 +89,13 @@ def swapped(task: Task, pools: Pools, draw: random.Random) -> Task:
     new_answers: dict[int, str] = {}
     for number, question in enumerate(task["questions"]):
         aliases = sorted({answer.strip() for answer in question["answers"]}, key=lambda alias: (-len(alias), alias))
-        found = [alias for alias in aliases if any(_places(alias, text) for text in passages)]
+        found = [alias for alias in aliases if any(stands(alias, text) for text in passages)]
         if not found or not _can_go(found[0], title, texts[number]):
             continue
         if any(found[0] in other or other in found[0] for other in new_answers.values()):
             continue  # it stands where another answer has come to stand
         new = another(found[0], texts[number], pools, draw)
-        if new is None or any(_places(new, text) for text in (*passages, title)):
+        if new is None or any(stands(new, text) for text in (*passages, title)):
             continue
         for alias in found:
             passages = [_exchanged(alias, new, text) for text in passages]
@@ -103,7 +103,7 @@ def swapped(task: Task, pools: Pools, draw: random.Random) -> Task:
         kept.append(number)
         new_answers[number] = new
     for number in kept:
-        if any(_places(new_answers[number], text) for text in passages):
+        if any(stands(new_answers[number], text) for text in passages):
             questions.append({"question": texts[number], "answers": [new_answers[number]]})
     return task | {"passages": passages, "questions": questions}
 
@@ -135,10 +135,10 @@ def _cased(word: str, like: str) -> str:
 def _can_go(answer: str, title: str, question: str) -> bool:
     """Whether it is neither half a sentence nor given away by the title or the question."""
     short = len(answer) >= LEAST_LETTERS and len(answer.split()) <= MOST_WORDS
-    return short and not _places(answer, question) and answer.lower() not in title.lower()
+    return short and not stands(answer, question) and answer.lower() not in title.lower()
 
 
-def _places(text: str, inside: str) -> bool:
+def stands(text: str, inside: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", inside) is not None
 
 
