@@ -22,7 +22,7 @@ from regrad_cli.records import Notice, Progress, Skipped, sha256_hex
 from regrad_cli.tasks import Task, read_tasks
 from regrad_cli.trainevents import Trained, TrainStep, Validated
 from regrad_cli.trainfiles import TrainFiles, last_losses
-from regrad_cli.trainoptions import MetaTrainOptions, held_out, refuse, spread
+from regrad_cli.trainoptions import EARLIER, MetaTrainOptions, held_out, refuse, spread
 from regrad_cli.weighing import Vectors
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class _Run:
         return kept | self.data | {"init": init, "model": self.identity.model}
 
     def events(self) -> Iterator[Event]:
-        kept = self.files.kept(self.settings)
+        kept = self.files.kept(self.settings, EARLIER)
         from regrad_cli.learn.meta import MetaLearner
         from regrad_cli.learn.model import load_model
         from regrad_cli.learn.optimise import Training

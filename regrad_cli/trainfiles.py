@@ -17,11 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from regrad_cli.errors import Damaged, Locked, StorageFailed, UsageProblem
-from regrad_cli.segments import SEGMENT_TOKENS
 from regrad_cli.shown import json_text, visible_line
 
-# What a run was asked for whose version had no such option yet.
-EARLIER = {"reading": 0, "segment_tokens": SEGMENT_TOKENS}
 POINTS = 60  # of the curve of training: each is the mean of the steps up to it
 
 
@@ -71,10 +68,11 @@ class TrainFiles:
 
     # ── going on ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def kept(self, settings: Mapping[str, Any]) -> bytes | None:
+    def kept(self, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> bytes | None:
         """What an earlier process has kept of this run; None where there is nothing, or only what a run with other
         settings left at its end.
 
+        earlier  the settings of a run whose version did not write them down
         raises  UsageProblem in the middle of a run with other settings, naming them; Damaged where it cannot be read
         """
         try:
@@ -83,7 +81,8 @@ class TrainFiles:
             return None
         except OSError as error:
             raise UsageProblem(f"{self.resume} cannot be read: {error.strerror}") from None
-        (theirs, step), ours = self._told_in(data), json.loads(json.dumps(settings))
+        theirs, step = self._told_in(data)
+        theirs, ours = {**earlier, **theirs}, json.loads(json.dumps(settings))
         other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if other and step == theirs.get("steps") and self.out.exists():
             return None
@@ -102,7 +101,7 @@ class TrainFiles:
             told = json.loads(data[8 : 8 + length])["__metadata__"]
             settings, step = json.loads(told["settings"]), json.loads(told["card"])["step"]
             if isinstance(settings, dict):
-                return EARLIER | settings, step
+                return settings, step
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise self.damaged()

@@ -21,6 +21,7 @@ SEGMENTS = 1
 EXACT = "none"  # in a codec's place
 KEPT = ("best", "last")
 TEMPERATURE = 0.05
+EARLIER = {"reading": 0, "segment_tokens": SEGMENT_TOKENS}  # of a run whose version had no such option yet
 HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 
 

@@ -117,7 +117,7 @@ def targets(scratch: Path) -> list[Target]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TrainFiles(out) as files:
             files.resume.write_bytes(data)
-            if _quiet(lambda: files.kept(SETTINGS)) is None:
+            if _quiet(lambda: files.kept(SETTINGS, {})) is None:
                 return
             training = made.training()
             try:
