@@ -273,7 +273,7 @@ def _manifest() -> manifest.Manifest:
     )  # fmt: skip
 
 
-@pytest.fixture(params=["r1-int4", "r3-int8", "int4", "int8", "r2-int2", "int2"])
+@pytest.fixture(params=["r1-int4", "r3-int8", "int4", "int8", "r2-int2", "int2", "r3-int1"])
 def bank(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Two shards with removed rows, random gradients, and text that JSON has to escape."""
     import torch

@@ -22,7 +22,7 @@ import torch
 
 from regrad_cli.errors import Damaged
 from regrad_cli.learn.adapt import Tensors
-from regrad_cli.learn.codec import Codec, row_widths
+from regrad_cli.learn.codec import Codec, is_known, row_widths
 from regrad_cli.learn.prior import MOST_SEGMENTS
 from regrad_cli.records import BankSettings, CodecSettings, TensorShape
 
@@ -139,8 +139,7 @@ def layout_of(settings: BankSettings) -> RowLayout:
             any amount of memory
     """
     codec, shapes, segments = settings.codec, settings.tensors, settings.segments
-    known = codec.kind in ("lowrank", "full") and codec.bits in (2, 4, 8) and codec.group > 0 and codec.group % 4 == 0
-    known &= (codec.rank > 0) == (codec.kind == "lowrank") and bool(shapes) and 1 <= segments <= MOST_SEGMENTS
+    known = is_known(codec) and bool(shapes) and 1 <= segments <= MOST_SEGMENTS
     named = len({shape.name for shape in shapes}) == len(shapes)
     sizes = [shape.rows * shape.cols for shape in shapes]
     fits = known and named and min(sizes) > 0 and sum(sizes) <= MOST_VALUES

@@ -231,6 +231,8 @@ BANKS: Mapping[str, Callable[[Path], None]] = {
     "int8": codec("int8"),
     "r2-int2": codec("r2-int2"),
     "int2": codec("int2"),
+    "r2-int1": codec("r2-int1"),
+    "r9-int1": codec("r9-int1"),  # more pairs than there are values in a small side, and units that fill no byte
 }
 
 
