@@ -6,6 +6,7 @@ Every choice follows from the seed, the step and the place in it, so a run that 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -239,6 +240,14 @@ class Episodes:
         """As it follows the prompt: a chat template ends with a line break, `Answer:` without a blank."""
         chat: Any = getattr(self._model.tokenizer, "chat_template", None)
         return answer.strip() if chat else f" {answer.strip()}"
+
+    def passages(self, tasks: Sequence[Task]) -> list[tuple[int, ...]]:
+        """The token ids that gradients of these tasks' own passages are taken of; nothing of a task that has none."""
+        found: list[tuple[int, ...]] = []
+        for task in tasks:
+            with contextlib.suppress(UsageProblem):
+                found += [self.passage(part.training_text) for own in self._own_parts(task) for part in own]
+        return found
 
     def for_validation(self, tasks: Sequence[Task]) -> tuple[dict[str, list[Episode]], list[Skipped]]:
         """What the dev tasks are measured by, {name: episodes}, one question of each task in every kind; and the tasks

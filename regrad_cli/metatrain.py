@@ -36,6 +36,7 @@ Event = Notice | Progress | Skipped | TrainStep | Validated | Trained
 BAD_STEPS = 3  # in a row, before a run stops: what made them will not go away
 NOT_FINITE = "its loss or gradient is not finite"
 EMBEDDED = 128  # passages between two words of progress
+MEASURED = 64  # tasks whose passages say how long steps along normalized gradients are
 
 
 def meta_train(options: MetaTrainOptions) -> Iterator[Event]:
@@ -127,12 +128,16 @@ class _Run:
         from regrad_cli.learn.meta import MetaLearner
         from regrad_cli.learn.model import load_model
         from regrad_cli.learn.optimise import Training
+        from regrad_cli.learn.steps import with_normalized_gradients
         from regrad_cli.learn.workers import Workers
 
         options = self.options
         model = load_model(self.folder.path, device=options.device, dtype=options.dtype)
         yield Notice(f"computing on {model.device}, {str(model.dtype).removeprefix('torch.')}")
         start = self._start(model, search=kept is None)
+        episodes = yield from self._episodes(model, start)
+        if options.normalized and not start.normalized:
+            start = with_normalized_gradients(model, start, episodes.passages(spread(self.tasks, MEASURED)))
         training = Training(
             start,
             steps=options.steps,
@@ -140,11 +145,12 @@ class _Run:
             step_rate=options.step_rate if options.objective == "regrad" else 0.0,
         )
         yield from self._resumed(training, kept)
-        episodes = yield from self._episodes(model, start)
         kinds, problems = episodes.for_validation(self.dev)
         yield from problems
         self.skipped += [f"{problem.source}: {problem.reason}" for problem in problems]
-        learner = MetaLearner(model, start.scale, first_order=options.first_order, codec=self._codec(start))
+        learner = MetaLearner(
+            model, start.scale, first_order=options.first_order, normalized=start.normalized, codec=self._codec(start)
+        )
         with learner.ready(), Workers(learner) as workers:
             self.whole = True
             try:
@@ -207,12 +213,7 @@ class _Run:
         from regrad_cli.learn.codec import Codec, parse_codec
 
         codec = Codec(parse_codec(self.options.codec), start.shapes)
-
-        def through(tensors: dict[str, Any]) -> dict[str, Any]:
-            device = next(iter(tensors.values())).device
-            return codec.decode(*codec.encode(tensors), device)
-
-        return through
+        return lambda tensors: codec.decode(*codec.encode(tensors), next(iter(tensors.values())).device)
 
     def _episodes(self, model: Model, start: Prior) -> Generator[Event, None, Episodes]:
         """What is learned from; where questions find or weigh passages by meaning, those are embedded first."""
@@ -363,7 +364,7 @@ class _Run:
     def _card(self, model: Model, step: int, steps: int, losses: dict[str, float]) -> dict[str, Any]:
         """What the prior says of itself. No paths: it travels."""
         from regrad_cli.learn.model import DTYPES
-        from regrad_cli.learn.prior import AMONG
+        from regrad_cli.learn.prior import AMONG, NORMALIZED
 
         options = self.options
         elsewhere = ("tasks", "dev", "out", "init", "device", "model", "embedder", "checkpoint_s")
@@ -386,6 +387,7 @@ class _Run:
             **self._rule,
             **({} if options.codec is None else {"codec": options.codec}),
             **({} if among is None else {AMONG: among}),
+            **({NORMALIZED: True} if options.normalized else {}),
             **self.data,
             "settings": settings,
         }

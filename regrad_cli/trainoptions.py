@@ -21,7 +21,11 @@ SEGMENTS = 1
 EXACT = "none"  # in a codec's place
 KEPT = ("best", "last")
 TEMPERATURE = 0.05
-EARLIER = {"reading": 0, "segment_tokens": SEGMENT_TOKENS}  # of a run whose version had no such option yet
+EARLIER = {
+    "reading": 0,
+    "segment_tokens": SEGMENT_TOKENS,
+    "normalized": False,
+}  # of a run whose version had no such option yet
 HELD_OUT = 20  # one title in so many is kept aside where no dev tasks are given
 
 
@@ -36,6 +40,7 @@ class MetaTrainOptions:
     learning_rate   of θ; step_rate: of log α
     rank            of θ; None: that of `init`, RANK without it
     gradient_layers gradients are of the uppermost so many layers' tensors; None: of all that `init`'s are of
+    normalized      passages' gradients are brought to norm 1, tensor by tensor; also where `init` was learned so
     segments        a passage is cut into at most so many, each with a gradient of its own and weighed by the question
     segment_tokens  and into about as many as it has so many tokens
     temperature     of the rule for weights: softmax(score / temperature) over the passages' scores
@@ -65,6 +70,7 @@ class MetaTrainOptions:
     strangers: float = 0.4
     k: int = 3
     gradient_layers: int | None = None
+    normalized: bool = False
     segments: int | None = None
     segment_tokens: int | None = None
     temperature: float | None = None
@@ -106,6 +112,7 @@ class MetaTrainOptions:
             self,
             rank=self.rank or card.get("rank", RANK),
             codec=codec if codec != EXACT and self.objective == "regrad" else None,
+            normalized=self.normalized or (self.objective == "regrad" and card.get("normalized", False)),
             segments=self.segments or segments,
             segment_tokens=self.segment_tokens or card.get("segment_tokens", SEGMENT_TOKENS),
             temperature=self.temperature or temperature,
@@ -135,6 +142,11 @@ def refuse(options: MetaTrainOptions) -> None:
     if options.gradient_layers and options.objective != "regrad":
         raise UsageProblem(
             f"objective {options.objective} takes no gradients of passages", "leave --gradient-layers out"
+        )
+    if options.normalized and (options.init is None or options.objective != "regrad"):
+        raise UsageProblem(
+            "--normalized needs a prior to begin with, and gradients of passages",
+            "learn one without it first, then --init it",
         )
     for name in ("mix_context", "strangers"):
         if not 0 <= getattr(options, name) <= 1:

@@ -12,6 +12,8 @@ import torch
 from train_runs import interrupted_at, options, resume_file, run
 
 from regrad_cli.errors import UsageProblem
+from regrad_cli.learn.gradients import passage_gradients
+from regrad_cli.learn.model import load_model
 from regrad_cli.learn.prior import Prior
 from regrad_cli.learn.workers import Workers
 from regrad_cli.metatrain import MetaTrainOptions
@@ -78,6 +80,57 @@ def test_a_baseline_takes_no_gradients(plain: MetaTrainOptions, objective: str) 
         run(replace(plain, objective=objective))
 
 
+def learned(plain: MetaTrainOptions) -> Path:
+    """A prior whose gradients are not zero."""
+    run(replace(plain, gradient_layers=None, keep="last"))
+    return plain.out.rename(plain.out.with_name("begin.safetensors"))
+
+
+@pytest.mark.parametrize("codec", [None, "r2-int1"])
+def test_normalized_gradients_are_learned_and_computed(
+    plain: MetaTrainOptions, codec: str | None, tiny_model_folder: Path
+) -> None:
+    begin = learned(plain)
+    before = Prior.from_bytes(begin.read_bytes())
+    normal = replace(plain, init=begin, rank=None, gradient_layers=None, normalized=True, codec=codec, keep="last")
+    run(replace(normal, learning_rate=1e-9, step_rate=0.0, steps=1))
+    start = prior_of(normal)
+    assert start.normalized and not before.normalized
+    model = load_model(tiny_model_folder, device="cpu", dtype="fp32")
+    passages = [model.token_ids(text)[:24] for text in ("one passage of some words", "and another of a few more words")]
+    raw, unit = (next(iter(passage_gradients(model, prior, passages))) for prior in (before, start))
+    for name, tensor in unit.tensors.items():
+        norms = raw.tensors[name].flatten(1).norm(dim=1)
+        assert torch.allclose(tensor.flatten(1).norm(dim=1), torch.ones(2), rtol=1e-4)
+        assert torch.allclose(
+            tensor * norms[:, None, None], raw.tensors[name], rtol=1e-2, atol=1e-3 * norms.max().item()
+        )
+        longer = start.step_sizes[name] / before.step_sizes[name]
+        assert 0.2 < longer / norms.mean() < 5, "a step is about as long as it was"
+
+    on = replace(normal, normalized=False, init=normal.out.rename(begin.with_name("on.safetensors")))
+    run(on)
+    assert prior_of(on).normalized, "what begins with such a prior is one"
+    whole = on.out.read_bytes()
+    again = replace(on, out=on.out.with_name("again") / on.out.name)
+    stopped_in_the_middle(again)
+    run(again)
+    assert again.out.read_bytes() == whole
+
+
+def test_a_start_without_gradients_cannot_be_normalized(plain: MetaTrainOptions) -> None:
+    with pytest.raises(UsageProblem, match="needs a prior to begin with"):
+        run(replace(plain, normalized=True))
+    with pytest.raises(UsageProblem, match="needs a prior to begin with"):
+        run(replace(plain, objective="rag", init=plain.out, normalized=True, gradient_layers=None))
+    begin = learned(plain)
+    prior = Prior.from_bytes(begin.read_bytes())
+    nothing = {name: t * (0 if name.endswith("lora_B") else 1) for name, t in prior.tensors.items()}
+    begin.write_bytes(replace(prior, tensors=nothing).to_bytes())
+    with pytest.raises(UsageProblem, match="whose gradients are not zero"):
+        run(replace(plain, init=begin, rank=None, gradient_layers=None, normalized=True))
+
+
 def test_a_run_begun_before_there_were_these_options_goes_on(plain: MetaTrainOptions, tmp_path: Path) -> None:
     usual = replace(plain, gradient_layers=None)
     run(usual)
@@ -89,7 +142,7 @@ def test_a_run_begun_before_there_were_these_options_goes_on(plain: MetaTrainOpt
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     settings = json.loads(header["__metadata__"]["settings"])
-    for name in ("reading", "gradient_layers", "segment_tokens"):
+    for name in ("reading", "gradient_layers", "segment_tokens", "normalized"):
         del settings[name]
     header["__metadata__"]["settings"] = json.dumps(settings)
     text = json.dumps(header).encode()

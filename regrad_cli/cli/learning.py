@@ -115,6 +115,13 @@ def meta_train(
             help="Take gradients of the N uppermost layers alone: rows shrink with them. As --init's, otherwise half.",
         ),
     ] = None,
+    normalized: Annotated[
+        bool,
+        typer.Option(
+            "--normalized",
+            help="Bring gradients to norm 1, tensor by tensor. Needs --init; goes on where --init has it.",
+        ),
+    ] = False,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -191,6 +198,7 @@ def meta_train(
             strangers=strangers,
             k=k,
             gradient_layers=gradient_layers,
+            normalized=normalized,
             segments=segments,
             segment_tokens=segment_tokens,
             temperature=temperature,

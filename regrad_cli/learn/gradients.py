@@ -40,7 +40,7 @@ class PassageGradients:
     """What one pass yields.
 
     positions   (n,) places of these passages in the caller's sequence
-    tensors     {name: (n, rows, cols) float32} of the prior's `shapes`
+    tensors     {name: (n, rows, cols) float32} of the prior's `shapes`; of a `normalized` prior each of norm 1
     losses      (n,) float32, mean next-token cross-entropy of each passage
     finite      (n,) bool; False where the loss or any gradient value is not finite: that passage's tensors are zeros
     """
@@ -145,6 +145,7 @@ class _Passes:
         self.scale = prior.scale
         self.placed = {name: tensor.to(model.device, model.dtype) for name, tensor in prior.tensors.items()}
         self.sought = tuple(prior.log_step_sizes)
+        self.normalized = prior.normalized
         self.local = threading.local()
 
     def tap_of(self, projection: Projection) -> Callable[..., torch.Tensor]:
@@ -188,7 +189,15 @@ class _Passes:
         if not bool(finite.all()):
             for tensor in tensors.values():
                 tensor[~finite] = 0
+        if self.normalized:
+            tensors = {name: normalized(tensor) for name, tensor in tensors.items()}
         return PassageGradients(positions, tensors, losses[:count].detach(), finite)
+
+
+def normalized(tensor: torch.Tensor) -> torch.Tensor:
+    """Each of n matrices (n, rows, cols) over its norm, differentiable; zeros stay zeros."""
+    norms = tensor.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    return tensor / torch.where(norms > 0, norms, 1.0)
 
 
 class _Tap(torch.autograd.Function):

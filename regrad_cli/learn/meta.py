@@ -3,7 +3,8 @@
 One inner step: θ′ = θ − α ⊙ Σᵢ wᵢ gᵢ(θ), with gᵢ the gradient of passage i's document loss. With v = ∇L_question at θ′:
     ∇θ = v − Σᵢ wᵢ ∇θ⟨gᵢ(θ), α ⊙ v⟩        ∂/∂log αₜ = −αₜ ⟨vₜ, Σᵢ wᵢ gᵢₜ⟩
 which is backpropagation through both levels, without ever holding more than `held_tokens` of the inner graph, nor the
-gradients of more passages than that: memory does not grow with their number.
+gradients of more passages than that: memory does not grow with their number. Of a prior whose passages' gradients are
+`normalized`, gᵢ is ĝᵢ = gᵢ/|gᵢ| tensor by tensor, and ∇θ⟨ĝᵢ, t⟩ = ∇θ⟨gᵢ, (t − ĝᵢ⟨ĝᵢ, t⟩)/|gᵢ|⟩.
 Source: ReGrad, arXiv 2606.15734. Shapes: P passages, T tasks, Q questions of L tokens, S distinct θ′ (one for the
 questions of a task that weigh alike), hidden size H, vocabulary V.
 """
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from regrad_cli.learn.forked import SHARED, TEXTS, Row, in_common, layout
-from regrad_cli.learn.gradients import IGNORED
+from regrad_cli.learn.gradients import IGNORED, normalized
 from regrad_cli.learn.model import Model
 from regrad_cli.learn.upper import Rows, UpperHalf
 
@@ -77,6 +78,7 @@ class MetaLearner:
     """Computes meta-gradients for one model; inside `ready()`, from several threads at a time.
 
     lower_of    the lower half's output for tokens, (L, H): `UpperHalf.lower`, or a cache of it
+    normalized  whether passages' gradients are brought to norm 1, as by `Prior.normalized`
     codec       tensors {name: (P, rows, cols)} → what a bank would give back for them; its own gradient is taken for 1
                 (straight through)
     """
@@ -87,6 +89,7 @@ class MetaLearner:
         scale: float,
         *,
         first_order: bool = False,
+        normalized: bool = False,
         codec: Callable[[Tensors], Tensors] | None = None,
         held_tokens: int | None = None,
     ) -> None:
@@ -95,6 +98,7 @@ class MetaLearner:
         self.lower_of: LowerOf = self.upper.lower
         self._forks = model.reads_forked_rows
         self._first_order = first_order
+        self._normalized = normalized
         self._codec = codec
         self._held_tokens = held_tokens or HELD_TOKENS[model.device.type]
 
@@ -122,10 +126,7 @@ class MetaLearner:
             whole = len(groups) == 1 and not self._first_order
             part = self._inner([passages[i] for i in group], prior, steps, graph=whole)
             held = part if len(groups) == 1 else None
-            rows = {name: tensor.detach().to(kind) for name, tensor in part.rows.items()}
-            if self._codec is not None:
-                rows = self._codec(rows)
-            for name, tensor in rows.items():
+            for name, tensor in self._kept(part.rows, kind).items():
                 more = torch.einsum("sp,prc->src", member[:, group], tensor)
                 moved[name] = moved[name] + more if name in moved else more
         adapted = {}  # {name: (S, rows, cols)}, every θ′
@@ -141,10 +142,10 @@ class MetaLearner:
         if moved and not self._first_order:
             for group in groups:
                 part = held or self._inner([passages[i] for i in group], prior, steps, graph=True)
-                towards = [
-                    (steps[name] * torch.einsum("sp,src->prc", member[:, group], v[name])).to(row)
-                    for name, row in part.rows.items()
-                ]
+                towards = []
+                for name, row in part.rows.items():
+                    toward = steps[name] * torch.einsum("sp,src->prc", member[:, group], v[name])
+                    towards.append((_through_norm(row.detach(), toward) if self._normalized else toward).to(row))
                 second = torch.autograd.grad(list(part.rows.values()), list(part.leaves.values()), towards)
                 for name, value in zip(part.leaves, second, strict=True):
                     total[name] = total[name] - value.to(kind)
@@ -163,14 +164,18 @@ class MetaLearner:
             tensors = {name: tensor.to(device).expand(len(member), *tensor.shape) for name, tensor in theta.items()}
             for group in self._groups(episode.passages):
                 part = self._inner([episode.passages[i] for i in group], prior, steps, graph=False)
-                rows = {name: tensor.to(theta[name].dtype) for name, tensor in part.rows.items()}
-                if self._codec is not None:
-                    rows = self._codec(rows)
-                for name, tensor in rows.items():
+                for name, tensor in self._kept(part.rows, next(iter(theta.values())).dtype).items():
                     weights = member[:, group].to(tensor)
                     tensors[name] = tensors[name] - steps[name] * torch.einsum("sp,prc->src", weights, tensor)
             found.append(self._question_losses([episode], tensors, places).tolist())
         return found
+
+    def _kept(self, rows: Rows, kind: torch.dtype) -> Tensors:
+        """What answers get of passages' gradients {name: (P, rows, cols)}, in the type of θ."""
+        kept = {name: tensor.detach().to(kind) for name, tensor in rows.items()}
+        if self._normalized:
+            kept = {name: normalized(tensor) for name, tensor in kept.items()}
+        return kept if self._codec is None else self._codec(kept)
 
     def _groups(self, passages: Sequence[Sequence[int]]) -> list[list[int]]:
         """Places of passages that are computed together, shortest first, each group within the tokens that are held."""
@@ -313,6 +318,15 @@ class _Inner:
 
     rows: Rows
     leaves: Tensors
+
+
+def _through_norm(gradients: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
+    """The gradient of Σ⟨gᵢ/|gᵢ|, towardᵢ⟩ by the gᵢ, each (P, rows, cols) in the type of `toward`; 0 where gᵢ is."""
+    wide = gradients.to(toward)
+    units = normalized(wide)
+    norms = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)
+    across = toward - units * (units * toward).sum(dim=(1, 2), keepdim=True)
+    return torch.where(norms > 0, across / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -31,6 +31,7 @@ MOST_K = 1000
 MOST_SEGMENTS = 64
 STEEPEST = 60.0  # of log α in size: beyond it a step leaves float32, or does nothing
 AMONG = "strength_among_passages"
+NORMALIZED = "normalized"
 UNTRAINED_CARD = {"name": "untrained", "trained": False, "k": 3, "weights": "mean", "gamma": 1.0}
 
 
@@ -44,7 +45,8 @@ class Prior:
     card            what it is: name, trained, model (fingerprint), rank, gamma, k and weights (see `weights_for`);
                     "values" where θ is rounded (see `rounded`), "codec" where one was chosen for it, "f1" by codec
                     where that was measured, "segments" and "segment_temperature" where passages were cut,
-                    "segment_tokens" the same, "strength_among_passages" (see `among_passages`)
+                    "segment_tokens" the same, "strength_among_passages" (see `among_passages`), "normalized" (see
+                    `normalized`)
     strength        what its LoRA branch is multiplied by
     """
 
@@ -76,6 +78,18 @@ class Prior:
     @property
     def trained(self) -> bool:
         return bool(self.card["trained"])
+
+    @property
+    def normalized(self) -> bool:
+        """Whether a passage's gradient is brought to norm 1, tensor by tensor, so that α is the length of a step: what
+        it teaches is a direction, and a passage that surprises the model more does not weigh more."""
+        return bool(self.card.get(NORMALIZED, False))
+
+    def with_normalized(self, norms: Mapping[str, float]) -> Prior:
+        """This prior for gradients of norm 1: its steps are as long as they were for gradients of these norms, which
+        must be above 0, {name: float}."""
+        logs = {name: log + math.log(norms[name]) for name, log in self.log_step_sizes.items()}
+        return replace(self, log_step_sizes=logs, card=self.card | {NORMALIZED: True})
 
     @property
     def codec(self) -> str | None:
@@ -204,6 +218,8 @@ def _refuse_odd_card(card: Mapping[str, Any]) -> None:
         raise ValueError(f"its card's k is not from 1 to {MOST_K}")
     if not all(type(found) in (int, float) and 0 <= found <= 100 for found in dict(card.get("f1", {})).values()):
         raise ValueError("its card's F1 is not from 0 to 100")
+    if not isinstance(card.get(NORMALIZED, False), bool):
+        raise ValueError("its card does not say whether gradients are normalized")
     segments = card.get("segments", 1)
     if type(segments) is not int or not 1 <= segments <= MOST_SEGMENTS:
         raise ValueError(f"its card's segments are not from 1 to {MOST_SEGMENTS}")

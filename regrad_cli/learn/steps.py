@@ -1,9 +1,11 @@
-"""Which tensors have a step size, and which one where nothing has been learned: a short search on fixed texts that ship
-with regrad, never on the user's, or rows of a bank would depend on them. Knows models and priors only.
+"""Which tensors have a step size, how long steps along normalized gradients are, and which step where nothing has been
+learned: a short search on fixed texts that ship with regrad, never on the user's, or rows of a bank would depend on
+them. Knows models and priors only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from math import log
@@ -53,6 +55,22 @@ def with_found_step_size(model: Model, prior: Prior) -> Prior:
     while MIN_POWER <= best + direction <= MAX_POWER and total(best + direction) < total(best):
         best += direction
     return replace(prior, log_step_sizes=dict.fromkeys(prior.log_step_sizes, log(2.0 ** (best - MARGIN))))
+
+
+def with_normalized_gradients(model: Model, prior: Prior, passages: Sequence[Sequence[int]]) -> Prior:
+    """The prior for gradients of norm 1, its steps as long as they were on average over these passages' (token ids).
+
+    raises  UsageProblem where a tensor has no gradient there, as at a start that nothing was learned into
+    """
+    norms = dict.fromkeys(prior.log_step_sizes, 0.0)
+    for done in passage_gradients(model, prior, passages):
+        for name, tensor in done.tensors.items():
+            norms[name] += float(torch.linalg.vector_norm(tensor.flatten(1).double(), dim=1).sum()) / len(passages)
+    if not all(norm > 0 for norm in norms.values()):
+        raise UsageProblem(
+            "--normalized needs a prior whose gradients are not zero", "learn one without it first, then --init it"
+        )
+    return prior.with_normalized(norms)
 
 
 def of_uppermost(model: Model, prior: Prior, layers: int) -> Prior:

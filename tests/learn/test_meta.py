@@ -109,16 +109,18 @@ def episodes_of(k: int) -> list[Episode]:
 @pytest.mark.parametrize("k", [0, 1, 3])
 @pytest.mark.parametrize("shared", [meta.SHARED, 2], ids=["a row a question", "questions in one row"])
 @pytest.mark.parametrize("changed", ["", "lora_B"], ids=["all tensors", "B alone"])
+@pytest.mark.parametrize("unit", [False, True], ids=["as they are", "normalized"])
 def test_meta_gradient_equals_backpropagation_through_both_levels(
-    model: Model, k: int, together: bool, held: int, shared: int, changed: str, monkeypatch: pytest.MonkeyPatch
+    model: Model, k: int, together: bool, held: int, shared: int, changed: str, unit: bool, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(meta, "SHARED", shared)
     theta, steps = start(model)
     steps = {name: step for name, step in steps.items() if name.endswith(changed)}
     episodes = episodes_of(k)
-    losses, tensors, logs = by_both_levels(model, theta, steps, episodes)
+    inner = {"seen": lambda gradient: gradient / gradient.norm()} if unit else {}
+    losses, tensors, logs = by_both_levels(model, theta, steps, episodes, **inner)
 
-    learner = MetaLearner(model, 2.0, held_tokens=held)
+    learner = MetaLearner(model, 2.0, held_tokens=held, normalized=unit)
     kept: dict[tuple[int, ...], torch.Tensor] = {}
     rows: list[Row] = []
 
