@@ -72,7 +72,7 @@ def ours(folder: Path, device: str) -> Callable[[list[list[int]]], Iterator[obje
 
     model = load_model(folder, device=device)
     prior = seeded_prior(model, "benchmark", rank=RANK)
-    codec = Codec(parse_codec("r2-int2"), prior.shapes)
+    codec = Codec(parse_codec("r4-int1"), prior.shapes)
 
     def encoded(found: PassageGradients) -> object:
         return codec.encode(found.tensors)

@@ -11,7 +11,7 @@ import tiny
 import torch
 from train_runs import options, resume_file, trained
 
-from benchmarks.prior.legs import halfway, stopped, validated
+from benchmarks.prior.legs import mean, stopped, validated
 from regrad_cli.learn.prior import Prior
 
 
@@ -31,7 +31,7 @@ def test_halfway_from_a_prior_to_a_leg_that_was_stopped(tmp_path: Path, model: P
     assert not second.out.exists() and resume_file(second.out).exists()
     trained(second)  # a whole run goes on from there: the stop cost nothing
     ended = Prior.from_bytes(second.out.read_bytes())
-    middle = halfway(begun, reached)
+    middle = mean(begun, reached)
     for name, tensor in begun.tensors.items():
         assert not torch.equal(tensor, reached.tensors[name]) and not torch.equal(
             reached.tensors[name], ended.tensors[name]
@@ -40,6 +40,20 @@ def test_halfway_from_a_prior_to_a_leg_that_was_stopped(tmp_path: Path, model: P
         logs = (begun.log_step_sizes[name], reached.log_step_sizes[name])
         assert middle.log_step_sizes[name] == pytest.approx(sum(logs) / 2)
     assert middle.card == begun.card
+
+
+def test_a_mean_takes_steps_of_one_kind_alone(model: Path, tmp_path: Path) -> None:
+    run = options(tmp_path / "run", model)
+    trained(run)
+    prior = Prior.from_bytes(run.out.read_bytes())
+    long = prior.with_normalized(dict.fromkeys(prior.log_step_sizes, 2.0))
+    longer = replace(long, log_step_sizes={name: log + 1 for name, log in long.log_step_sizes.items()})
+    other = replace(prior, tensors={name: tensor + 3 for name, tensor in prior.tensors.items()})
+    found = mean(long, longer, other)
+    assert found.normalized
+    for name, log in found.log_step_sizes.items():
+        assert log == pytest.approx(long.log_step_sizes[name] + 0.5)
+        assert torch.allclose(found.tensors[name], prior.tensors[name] + 1)
 
 
 def test_a_priors_losses_are_those_that_its_run_found(tmp_path: Path, model: Path) -> None:

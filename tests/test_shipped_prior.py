@@ -60,11 +60,16 @@ def test_on_the_starter_a_passages_own_gradient_makes_its_answers_likelier_and_a
     prior = prior_for(ModelFolder("starter", starter_folder), fingerprint(starter_folder), None, seed=0)
     tasks = read_tasks([EXAMPLES])[0][::6]
     vectors = Vectors(load_embedder(embedder_folder, device="cpu").encode)
-    rules, spans = EpisodeRules(segments=prior.segments), Tokenizer(starter_folder).spans
+    rules = EpisodeRules(
+        segments=prior.segments,
+        segment_tokens=prior.segment_tokens,
+        segment_temperature=prior.segment_temperature,
+    )
+    spans = Tokenizer(starter_folder).spans
     chosen = Episodes(model, tasks, rules, prior.weights_for, seed=0, token_spans=spans, vectors=vectors)
     episodes, problems = chosen.for_validation(tasks)
     assert not problems
-    learner = MetaLearner(model, prior.scale)
+    learner = MetaLearner(model, prior.scale, normalized=prior.normalized)
     with learner.ready():
         losses = {
             kind: [loss for (loss,) in learner.losses(prior.tensors, prior.step_sizes, of_kind)]

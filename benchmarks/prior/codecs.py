@@ -20,7 +20,19 @@ from benchmarks.prior.legs import learned
 from regrad_cli.evaluate import EvaluateOptions, evaluate
 from regrad_cli.results import Evaluated
 
-CODECS = ("int8", "int4", "int2", "r4-int4", "r4-int2", "r3-int2", "r2-int4", "r2-int2", "r1-int4", "r1-int2")
+CODECS = (
+    "int8",
+    "int4",
+    "int2",
+    "r4-int4",
+    "r4-int2",
+    "r2-int2",
+    "r1-int2",
+    "r8-int1",
+    "r4-int1",
+    "r3-int1",
+    "r2-int1",
+)
 TIMED = 12  # gradients
 DIMENSION = 384  # of the segments' vectors, which lie in a row too
 

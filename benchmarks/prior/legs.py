@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -74,11 +74,35 @@ def stopped(options: MetaTrainOptions, begun: Prior, step: int) -> Prior:
     return replace(begun, tensors=training.theta, log_step_sizes=training.log_steps)
 
 
-def halfway(one: Prior, other: Prior) -> Prior:
-    """The mean of two priors' θ and log α, with the first one's card, and gradients of what the first has them of."""
-    logs = {name: (log + other.log_step_sizes[name]) / 2 for name, log in one.log_step_sizes.items()}
-    tensors = {name: (tensor + other.tensors[name]) / 2 for name, tensor in one.tensors.items()}
-    return replace(one, tensors=tensors, log_step_sizes=logs)
+def mean(first: Prior, *others: Prior) -> Prior:
+    """The mean of priors' θ, with the first one's card, and gradients of what the first has them of. Of log α it is the
+    mean of those whose steps are of the first one's kind: a length, or not."""
+    every = (first, *others)
+    alike = [prior for prior in every if prior.normalized == first.normalized]
+    logs = {name: sum(prior.log_step_sizes[name] for prior in alike) / len(alike) for name in first.log_step_sizes}
+    tensors = {name: sum(prior.tensors[name] for prior in every) / len(every) for name in first.tensors}
+    return replace(first, tensors=tensors, log_step_sizes=logs)
+
+
+def normalized(prior: Prior, tasks: Sequence[Task], work: Path) -> Prior:
+    """The prior for gradients of norm 1, its steps as long as they are on average for these tasks' passages."""
+    from regrad_cli.embed import load_embedder
+    from regrad_cli.episodes import EpisodeRules, Episodes
+    from regrad_cli.learn.model import load_model
+    from regrad_cli.learn.steps import with_normalized_gradients
+    from regrad_cli.learn.tokens import Tokenizer
+    from regrad_cli.models import resolve_embedder, resolve_model
+    from regrad_cli.tasks import read_tasks
+    from regrad_cli.weighing import Vectors
+
+    folder = resolve_model("starter").path
+    model = load_model(folder, device="cpu")
+    rules = EpisodeRules(segments=prior.segments, segment_tokens=prior.segment_tokens)
+    vectors = Vectors(load_embedder(resolve_embedder("minilm").path, device="cpu").encode)
+    some = read_tasks([written(work / "normalized-by.jsonl", tasks)])[0]
+    spans = Tokenizer(folder).spans
+    episodes = Episodes(model, some, rules, prior.weights_for, seed=0, token_spans=spans, vectors=vectors)
+    return with_normalized_gradients(model, prior, episodes.passages(some))
 
 
 def validated(prior: Prior, options: MetaTrainOptions) -> dict[str, float]:

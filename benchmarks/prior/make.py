@@ -12,30 +12,44 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from benchmarks.prior import cloze, swapped
+from benchmarks.prior import cloze, cropped, swapped
 from benchmarks.prior.further import drawn, further
-from benchmarks.prior.legs import Task, halfway, learn, learned, metrics_file, read, stopped, validated, worlds, written
-from regrad_cli.learn.prior import AMONG
+from benchmarks.prior.legs import (
+    Task,
+    learn,
+    learned,
+    mean,
+    metrics_file,
+    normalized,
+    read,
+    stopped,
+    validated,
+    worlds,
+    written,
+)
+from regrad_cli.learn.prior import AMONG, Prior
 from regrad_cli.metatrain import MetaTrainOptions
 
 ROOT = Path(__file__).parents[2]
 RATES = (3e-4, 1e-3, 3e-3)
 SEARCH_STEPS = 200
 AMONG_PASSAGES = 0.7  # of the prior and its gradients, where the prompt shows the passages (docs/experiments.md, 12)
+SHARED_BY = 0.5  # temperature among a passage's segments, once every gradient has the same length
+TRAIN = ("nq-train.jsonl", "xquad-train.jsonl")
 LAST_RATE = 0.5  # of the first leg's, as with the prior
 SECOND_ENDS, THIRD_ENDS = 583, 225  # steps: later, what they were to learn from was known by heart
 
 
 class Recipe(NamedTuple):
-    """The settings of the prior's first four legs (docs/experiments.md, 3, 7 and 9); the fifth is `last_leg`'s, and two
-    more are `reading_legs`'.
+    """The settings of the prior's first four legs (docs/experiments.md, 3, 7 and 9); the fifth is `fifth_leg`'s, two
+    more are `reading_legs`', and the rest `last_legs`'.
 
     first   whole passages as they are
     second  segments, with other answers; what is wanted is halfway from the first to where it stops
@@ -117,7 +131,7 @@ def recipe(data: Path, work: Path) -> Recipe:
     return Recipe(first, second, third, fourth)
 
 
-def last_leg(
+def fifth_leg(
     data: Path, work: Path, fourth: MetaTrainOptions, tasks: Callable[[Path, Path], tuple[Path, ...]]
 ) -> MetaTrainOptions:
     """The fifth leg (docs/experiments.md, 10): passages that nobody has seen. Makes them, where they are not there."""
@@ -134,40 +148,67 @@ def last_leg(
     )
 
 
+def anew(data: Path, folder: Path, seed: int, *, copies: int, invented: int) -> dict[str, Any]:
+    """The train tasks as they are, copies of them with other answers, and invented worlds, all of this seed, and where
+    a leg on them ends: at its last step."""
+    folder.mkdir(exist_ok=True)
+    nq, xquad = (read(data / f"{name}-train.jsonl") for name in ("nq", "xquad"))
+    tasks = (
+        written(folder / "nq.jsonl", nq),
+        written(folder / "xquad.jsonl", xquad),
+        written(folder / "swapped-nq.jsonl", Random(seed).sample(list(swapped.generate(nq, seed, 1)), 1200)),
+        written(folder / "swapped-xquad.jsonl", swapped.generate(xquad, seed, copies)),
+        worlds(folder / "worlds.jsonl", seed=seed, tasks=invented),
+    )
+    return {"tasks": tasks, "out": folder / "starter.safetensors", "keep": "last", "seed": seed}
+
+
 def reading_legs(data: Path, work: Path, fifth: MetaTrainOptions) -> tuple[MetaTrainOptions, MetaTrainOptions]:
     """The sixth leg, with tasks at θ itself, and the seventh, of finer segments and fewer layers' gradients
     (docs/experiments.md, 16). What is wanted of each is halfway from where it began."""
-    tasks = [read(data / f"{name}-train.jsonl") for name in ("nq", "xquad")]
-
-    def anew(name: str, seed: int, copies: int, invented: int, **settings: Any) -> MetaTrainOptions:
-        folder = work / name
-        folder.mkdir(exist_ok=True)
-        nq, xquad = tasks
-        files = (
-            written(folder / "nq.jsonl", nq),
-            written(folder / "xquad.jsonl", xquad),
-            written(folder / "swapped-nq.jsonl", Random(seed).sample(list(swapped.generate(nq, seed, 1)), 1200)),
-            written(folder / "swapped-xquad.jsonl", swapped.generate(xquad, seed, copies)),
-            worlds(folder / "worlds.jsonl", seed=seed, tasks=invented),
-        )
-        return replace(
-            fifth,
-            tasks=files,
-            out=folder / "starter.safetensors",
-            learning_rate=4e-4,
-            keep="last",
-            seed=seed,
-            **settings,
-        )
-
-    sixth = anew(
-        "sixth", 53, 3, 300, init=work / "fifth.safetensors", steps=560, validate_every=140, mix_context=0.5, reading=4
-    )
-    seventh = anew(
-        "seventh", 67, 4, 500, init=work / "sixth.safetensors", steps=480, validate_every=120, reading=2,
-        gradient_layers=10, segments=4, segment_tokens=30,
+    sixth = replace(
+        fifth, **anew(data, work / "sixth", 53, copies=3, invented=300), init=work / "fifth.safetensors", steps=560,
+        validate_every=140, learning_rate=4e-4, mix_context=0.5, reading=4,
+    )  # fmt: skip
+    seventh = replace(
+        fifth, **anew(data, work / "seventh", 67, copies=4, invented=500), init=work / "sixth.safetensors", steps=480,
+        validate_every=120, learning_rate=4e-4, reading=2, gradient_layers=10, segments=4, segment_tokens=30,
     )  # fmt: skip
     return sixth, seventh
+
+
+def last_legs(data: Path, work: Path, seventh: MetaTrainOptions) -> tuple[MetaTrainOptions, ...]:
+    """Three legs from one start (docs/experiments.md, 17): two of the seventh's kind, the second of them on tasks with
+    sentences left out, and one of normalized gradients through one bit. What is wanted is the mean of all and the
+    start."""
+    eighth = replace(
+        seventh, **anew(data, work / "eighth", 83, copies=4, invented=500), init=work / "seventh-mean.safetensors",
+        steps=440, validate_every=110,
+    )  # fmt: skip
+    ninth = replace(eighth, **anew(data, work / "ninth", 97, copies=4, invented=500))
+    ninth = replace(ninth, tasks=(*left_out(data, work / "ninth", 97), ninth.tasks[-1]))
+    tenth = replace(
+        seventh, **anew(data, work / "tenth", 101, copies=4, invented=500), init=work / "normalized.safetensors",
+        steps=500, validate_every=125, learning_rate=5e-4, codec="r4-int1", segment_temperature=SHARED_BY,
+    )  # fmt: skip
+    return eighth, ninth, tenth
+
+
+def left_out(data: Path, folder: Path, seed: int) -> tuple[Path, ...]:
+    """Train tasks, some as they are and most with sentences left out, with their answers and with others."""
+    nq, xquad = (read(data / f"{name}-train.jsonl") for name in ("nq", "xquad"))
+
+    def some(tasks: Iterable[Task], count: int) -> list[Task]:
+        return Random(seed).sample(list(tasks), count)
+
+    return (
+        written(folder / "nq.jsonl", some(nq, 600)),
+        written(folder / "xquad.jsonl", xquad),
+        written(folder / "cropped-nq.jsonl", some(cropped.generate(nq, seed), 1000)),
+        written(folder / "cropped-xquad.jsonl", cropped.generate(xquad, seed, 2)),
+        written(folder / "swapped-nq.jsonl", some(cropped.generate(swapped.generate(nq, seed), seed), 1000)),
+        written(folder / "swapped-xquad.jsonl", cropped.generate(swapped.generate(xquad, seed, 4), seed)),
+    )
 
 
 def make_prior(data: Path, work: Path) -> None:
@@ -177,26 +218,41 @@ def make_prior(data: Path, work: Path) -> None:
     assert third.init is not None and fourth.init is not None
     if not third.init.exists():
         begun = learned(first.out)
-        third.init.write_bytes(halfway(begun, stopped(second, begun, SECOND_ENDS)).to_bytes())
+        third.init.write_bytes(mean(begun, stopped(second, begun, SECOND_ENDS)).to_bytes())
     if not fourth.init.exists():
         begun = learned(third.init)
         fourth.init.write_bytes(stopped(third, begun, THIRD_ENDS).to_bytes())
     list(learn(fourth))
-    last = last_leg(data, work, fourth, partial(further, reader=fourth.out))
+    last = fifth_leg(data, work, fourth, partial(further, reader=fourth.out))
     list(learn(last))
     sixth, seventh = reading_legs(data, work, last)
     assert sixth.init is not None and seventh.init is not None
-    begun = halfway(learned(last.out), learned(fourth.out))
+    begun = mean(learned(last.out), learned(fourth.out))
     begun = replace(begun, card=begun.card | {AMONG: AMONG_PASSAGES}).rounded()
     sixth.init.write_bytes(begun.to_bytes())
     list(learn(sixth))
-    between = halfway(begun, learned(sixth.out))
+    between = mean(begun, learned(sixth.out))
     seventh.init.write_bytes(between.rounded().to_bytes())
     list(learn(seventh))
-    prior = halfway(learned(seventh.out), between)
-    card = prior.card | {"mean_with": prior.card["init"], "losses": validated(prior, seventh)}
-    prior = replace(prior, card=card).rounded()
+    eighth, ninth, tenth = last_legs(data, work, seventh)
+    assert eighth.init is not None and tenth.init is not None
+    start = mean(learned(seventh.out), between).rounded()
+    eighth.init.write_bytes(start.to_bytes())
+    some = Random(0).sample([task for name in TRAIN for task in read(data / name)], 60)
+    start = normalized(start, some, work)
+    start = replace(start, card=start.card | {"codec": tenth.codec, "segment_temperature": SHARED_BY})
+    tenth.init.write_bytes(start.to_bytes())
+    for leg in (eighth, ninth, tenth):
+        list(learn(leg))
+    prior = mean_of_all(start, *(learned(leg.out) for leg in (tenth, eighth, ninth)))
+    prior = replace(prior, card=prior.card | {"losses": validated(prior, tenth)}).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
+
+
+def mean_of_all(start: Prior, tenth: Prior, *others: Prior) -> Prior:
+    """With the card of the tenth leg, which the rest is named in."""
+    means = [start.fingerprint, *(prior.fingerprint for prior in others)]
+    return mean(replace(tenth, card=tenth.card | {"mean_with": means}), start, *others)
 
 
 def make_baseline(objective: str, data: Path, work: Path) -> None:
@@ -208,7 +264,9 @@ def make_baseline(objective: str, data: Path, work: Path) -> None:
     folder = ROOT / "benchmarks" / "baselines"
     folder.mkdir(exist_ok=True)
     legs = recipe(data, work)
-    fifth = last_leg(data, work, legs.fourth, drawn if objective == "rag" else partial(further, reader=legs.fourth.out))
+    fifth = fifth_leg(
+        data, work, legs.fourth, drawn if objective == "rag" else partial(further, reader=legs.fourth.out)
+    )
     own = {"objective": objective, "segments": 1, "codec": "none"}
     first = replace(legs.first, **own, out=work / f"{objective}-first.safetensors")
     last = replace(

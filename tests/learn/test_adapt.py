@@ -191,7 +191,7 @@ def test_bytes_that_are_no_prior_are_damage(prior: Prior, cut: int) -> None:
         {"strength_among_passages": "1"}, {"strength_among_passages": float("nan")},
         {"weights": "loudest"}, {"weights": ["mean"]}, {"weights": "softmax"}, {"name": 5}, {"trained": "yes"},
         {"weights": "softmax", "temperature": 0}, {"weights": "softmax", "temperature": "cold"}, {"name": "\ud800"},
-        {"segment_tokens": 0}, {"segment_tokens": 2.5}, {"segment_tokens": 1 << 40},
+        {"segment_tokens": 0}, {"segment_tokens": 2.5}, {"segment_tokens": 1 << 40}, {"normalized": 1},
         {"changed": []}, {"changed": ["x"]}, {"changed": 5}, {"changed": [["x"]]}, {"changed": "model"},
         {"order": []}, {"order": [["x"]]}, {"format": "regrad prior 9"},
     ],

@@ -163,12 +163,13 @@ def test_decoding_does_not_write_to_what_it_reads() -> None:
     codec.decode(codes, scales)
 
 
-def test_a_passage_of_the_starter_is_sixty_times_smaller_than_fp32_tensors() -> None:
-    code_bytes, scale_count = widths(parse_codec("r2-int2"), STARTER, 3, 384)
+def test_a_passage_of_the_starter_is_eighty_times_smaller_than_fp32_tensors() -> None:
+    changed = STARTER[30:]  # of the uppermost ten layers
+    code_bytes, scale_count = widths(parse_codec("r4-int1"), changed, 4, 384)
     saved = 4 * sum(shape.rows * shape.cols for shape in STARTER)
     embedding, key, checksum, text = 2 * 384, 32, 32, 2 * 1024
     assert saved == 12_165_120
-    assert code_bytes + 2 * scale_count + embedding + key + checksum + text < saved / 60
+    assert code_bytes + 2 * scale_count + embedding + key + checksum + text < saved / 80
 
 
 @pytest.mark.parametrize("name", ["r4-int1", "r1-int2", "r1-int4", "r16-int8", "int2", "int4", "int8"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def test_a_model_without_decoder_layers_is_refused() -> None:
         find_projections(torch.nn.Linear(3, 3))
 
 
-def test_a_gradient_is_the_same_bits_in_any_company_and_place(model: Model, prior: Prior) -> None:
+@pytest.mark.parametrize("card", [{}, {"normalized": True}], ids=["as they are", "normalized"])
+def test_a_gradient_is_the_same_bits_in_any_company_and_place(model: Model, prior: Prior, card: dict) -> None:
+    prior = replace(prior, card=prior.card | card)
     rows = bucket_rows(64, "cpu")
     mine, *others = random_passages(model, (50, *[40 + n for n in range(20)]))
     alone = all_gradients(model, prior, [mine])[0]
@@ -175,11 +178,12 @@ def test_a_prior_of_another_model_is_refused(family: Callable[[str], Model], pri
 
 
 @pytest.mark.starter
-def test_on_the_starter_a_gradient_is_the_same_bits_in_any_company_and_place(starter_folder: Path) -> None:
+@pytest.mark.parametrize("card", [{}, {"normalized": True}], ids=["as they are", "normalized"])
+def test_on_the_starter_a_gradient_is_the_same_bits_in_any_company_and_place(starter_folder: Path, card: dict) -> None:
     model = load_model(starter_folder, device="cpu", dtype="auto")
     prior = seeded_prior(model, "f" * 64)
     filled = Prior({n: torch.full_like(t, 0.01) if n.endswith("B") else t for n, t in prior.tensors.items()},
-                   prior.log_step_sizes, prior.card)  # fmt: skip
+                   prior.log_step_sizes, prior.card | card)  # fmt: skip
     for length in (64, 190):
         rows = bucket_rows(subject.bucket_length(length), "cpu")
         assert rows > 1
