@@ -141,6 +141,5 @@ class Recoder:
 
     def _batch(self, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts = self._old.split(codes, scales)
-        decoded = self._old.codec.decode(parts.codes, parts.scales, self._device)
-        new_codes, new_scales = self._new.codec.encode(decoded)
+        new_codes, new_scales = self._old.codec.recoded(parts.codes, parts.scales, self._new.codec, self._device)
         return self._new.join(replace(parts, codes=new_codes, scales=new_scales), len(codes))

@@ -146,6 +146,22 @@ class Codec:
             tensors.update(self._named(group, stack.unbind(0)))
         return {s.name: tensors[s.name].reshape(s.rows, s.cols) for s in self.shapes}
 
+    def recoded(
+        self, codes: np.ndarray, scales: np.ndarray, other: Codec, device: torch.device | str = "cpu"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gradients of this codec, (n, ·) each, as the other's of the same tensors. Of directions that are all equally
+        strong the first are kept, which were the strongest before; anew, those that come first could be any."""
+        if not (self.settings.bits == 1 and 0 < other.settings.rank < self.settings.rank):
+            return other.encode(self.decode(codes, scales, device))
+        factors = []
+        for (_, u, v), kept in zip(self._stored(codes, scales, device), other._groups, strict=True):
+            assert u is not None
+            there = u.square().sum(dim=-1)  # (n, T, k), 1 or 0
+            norms = (there * v.double().square().sum(dim=-1)).sum(dim=-1).sqrt()  # of a decoded tensor
+            factors.append(Factors(u[:, :, : kept.pairs], (v * there[..., None])[:, :, : kept.pairs], norms))
+        found, found_scales = other._form.write(factors)
+        return found.cpu().numpy(), found_scales.cpu().numpy()
+
     def _named(self, group: Group, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Small side first, or whole → as they are in the model."""
         for place, tensor in zip(group.places, tensors, strict=True):

@@ -155,6 +155,29 @@ def test_a_weighted_sum_is_that_of_the_decoded_gradients(name: str) -> None:
     assert torch.allclose(one, decoded["b"][1], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["r1-int1", "r2-int1", "r3-int1"])
+def test_fewer_directions_of_one_bit_are_the_strongest_as_if_encoded_so(name: str) -> None:
+    """From r4-int1, where nothing is left of how strong they were."""
+    tensors = gradients(3)
+    tensors["a"][1] = 0
+    tensors["b"][2] = torch.outer(torch.ones(1536), torch.arange(1.0, 9))  # of one direction alone
+    four, fewer = (Codec(parse_codec(codec), SHAPES) for codec in ("r4-int1", name))
+    found = fewer.decode(*four.recoded(*four.encode(tensors), fewer))
+    for key, wanted in fewer.decode(*fewer.encode(tensors)).items():
+        assert torch.allclose(found[key], wanted, rtol=2e-3, atol=1e-9), key
+
+
+def test_any_codec_becomes_any_other() -> None:
+    tensors = gradients(2)
+    names = ("r4-int1", "r2-int1", "r1-int2", "r3-int8", "r6-int4", "int4")
+    for old, new in ((old, new) for old in names for new in names if old != new):
+        before, after = (Codec(parse_codec(name), SHAPES) for name in (old, new))
+        codes, scales = before.recoded(*before.encode(tensors), after)
+        assert codes.shape == (2, after.code_bytes) and scales.shape == (2, after.scale_count)
+        decoded = after.decode(codes, scales)
+        assert cosine(flat(decoded), flat(before.decode(*before.encode(tensors)))) > 0.3, (old, new)
+
+
 def test_decoding_does_not_write_to_what_it_reads() -> None:
     codec = Codec(parse_codec("r1-int4"), SHAPES)
     codes, scales = codec.encode(gradients(1))
