@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.bench import Bench, Options, Result
@@ -72,6 +73,7 @@ def ours(folder: Path, device: str) -> Callable[[list[list[int]]], Iterator[obje
 
     model = load_model(folder, device=device)
     prior = seeded_prior(model, "benchmark", rank=RANK)
+    prior = replace(prior, card=prior.card | {"normalized": True})
     codec = Codec(parse_codec("r4-int1"), prior.shapes)
 
     def encoded(found: PassageGradients) -> object:

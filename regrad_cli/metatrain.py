@@ -134,9 +134,10 @@ class _Run:
         options = self.options
         model = load_model(self.folder.path, device=options.device, dtype=options.dtype)
         yield Notice(f"computing on {model.device}, {str(model.dtype).removeprefix('torch.')}")
-        start = self._start(model, search=kept is None)
+        start = self._start(model, search=kept is None or not options.step_rate)
         episodes = yield from self._episodes(model, start)
         if options.normalized and not start.normalized:
+            yield Notice("measuring how long steps are along gradients of norm 1")
             start = with_normalized_gradients(model, start, episodes.passages(spread(self.tasks, MEASURED)))
         training = Training(
             start,

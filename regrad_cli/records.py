@@ -116,8 +116,8 @@ class CodecSettings:
 
     kind    "lowrank" (rank-`rank` factors of every tensor) or "full" (the tensors themselves)
     rank    number of factor pairs; 0 for "full"
-    bits    2, 4 or 8, for what is stored
-    group   values that share one fp16 scale
+    bits    1 (of low rank alone), 2, 4 or 8, for what is stored
+    group   values that share one fp16 scale; of 1 bit only what vectors are filled up to
     """
 
     kind: str = "lowrank"

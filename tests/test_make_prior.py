@@ -12,7 +12,9 @@ import torch
 from train_runs import options, resume_file, trained
 
 from benchmarks.prior.legs import mean, stopped, validated
+from benchmarks.prior.make import mean_of_all
 from regrad_cli.learn.prior import Prior
+from regrad_cli.records import sha256_hex
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,8 @@ def test_a_mean_takes_steps_of_one_kind_alone(model: Path, tmp_path: Path) -> No
     long = prior.with_normalized(dict.fromkeys(prior.log_step_sizes, 2.0))
     longer = replace(long, log_step_sizes={name: log + 1 for name, log in long.log_step_sizes.items()})
     other = replace(prior, tensors={name: tensor + 3 for name, tensor in prior.tensors.items()})
-    found = mean(long, longer, other)
-    assert found.normalized
+    found = mean_of_all(long, longer, other)
+    assert found.normalized and found.card["mean_with"] == [longer.fingerprint, other.fingerprint]
     for name, log in found.log_step_sizes.items():
         assert log == pytest.approx(long.log_step_sizes[name] + 0.5)
         assert torch.allclose(found.tensors[name], prior.tensors[name] + 1)
@@ -68,8 +70,10 @@ def test_what_a_codec_costs_is_told_with_what_was_measured_before(tmp_path: Path
 
     for name, f1 in (("fp32", 30.25), ("r1-int2", 29.75)):
         score = {"all": {"f1": f1, "em": 20.0}, "nq-dev": {"f1": 1.0, "em": 2.0}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(score), encoding="utf-8")
-    exact, small = (codecs.scored(tmp_path, tmp_path, tmp_path / "no.prior", name) for name in (None, "r1-int2"))
+        (tmp_path / f"{sha256_hex(b'any')[:12]}-{name}.json").write_text(json.dumps(score), encoding="utf-8")
+    prior = tmp_path / "any.prior"
+    prior.write_bytes(b"any")
+    exact, small = (codecs.scored(tmp_path, tmp_path, prior, name) for name in (None, "r1-int2"))
     told = codecs.table({"fp32": (None, exact), "r1-int2": (codecs.Cost(90_264, 134.8, 1.25, 0.5), small)})
     assert told.splitlines()[2:] == [
         "| fp32 | | 1 | 30.2 (20.0) | | |",

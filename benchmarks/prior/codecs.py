@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.prior.legs import learned
 from regrad_cli.evaluate import EvaluateOptions, evaluate
+from regrad_cli.records import sha256_hex
 from regrad_cli.results import Evaluated
 
 CODECS = (
@@ -48,7 +49,7 @@ class Cost(NamedTuple):
 
 def scored(data: Path, work: Path, prior: Path, codec: str | None) -> dict[str, Any]:
     """{"f1": …, "em": …} of all, and of each file by its name; codec None is fp32."""
-    kept = work / f"{codec or 'fp32'}.json"
+    kept = work / f"{sha256_hex(prior.read_bytes())[:12]}-{codec or 'fp32'}.json"
     if not kept.exists():
         tasks = (data / "nq-dev.jsonl", data / "xquad-dev.jsonl")
         *_, last = evaluate(EvaluateOptions(tasks=tasks, modes=("regrad",), prior=prior, codec=codec))

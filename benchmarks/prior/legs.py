@@ -84,7 +84,7 @@ def mean(first: Prior, *others: Prior) -> Prior:
     return replace(first, tensors=tensors, log_step_sizes=logs)
 
 
-def normalized(prior: Prior, tasks: Sequence[Task], work: Path) -> Prior:
+def begun_normalized(prior: Prior, tasks: Sequence[Task], work: Path) -> Prior:
     """The prior for gradients of norm 1, its steps as long as they are on average for these tasks' passages."""
     from regrad_cli.embed import load_embedder
     from regrad_cli.episodes import EpisodeRules, Episodes

@@ -23,11 +23,11 @@ from benchmarks.prior import cloze, cropped, swapped
 from benchmarks.prior.further import drawn, further
 from benchmarks.prior.legs import (
     Task,
+    begun_normalized,
     learn,
     learned,
     mean,
     metrics_file,
-    normalized,
     read,
     stopped,
     validated,
@@ -239,20 +239,20 @@ def make_prior(data: Path, work: Path) -> None:
     start = mean(learned(seventh.out), between).rounded()
     eighth.init.write_bytes(start.to_bytes())
     some = Random(0).sample([task for name in TRAIN for task in read(data / name)], 60)
-    start = normalized(start, some, work)
+    start = begun_normalized(start, some, work)
     start = replace(start, card=start.card | {"codec": tenth.codec, "segment_temperature": SHARED_BY})
     tenth.init.write_bytes(start.to_bytes())
     for leg in (eighth, ninth, tenth):
         list(learn(leg))
-    prior = mean_of_all(start, *(learned(leg.out) for leg in (tenth, eighth, ninth)))
+    prior = mean_of_all(learned(tenth.out), start, learned(eighth.out), learned(ninth.out))
     prior = replace(prior, card=prior.card | {"losses": validated(prior, tenth)}).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
 
-def mean_of_all(start: Prior, tenth: Prior, *others: Prior) -> Prior:
-    """With the card of the tenth leg, which the rest is named in."""
-    means = [start.fingerprint, *(prior.fingerprint for prior in others)]
-    return mean(replace(tenth, card=tenth.card | {"mean_with": means}), start, *others)
+def mean_of_all(tenth: Prior, *others: Prior) -> Prior:
+    """With the card of the first, which names the others."""
+    means = [prior.fingerprint for prior in others]
+    return mean(replace(tenth, card=tenth.card | {"mean_with": means}), *others)
 
 
 def make_baseline(objective: str, data: Path, work: Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from regrad_cli.errors import UsageProblem
 from regrad_cli.learn import packing
@@ -44,7 +45,7 @@ def is_known(settings: CodecSettings) -> bool:
     """Whether this version decodes it; a crafted bank's settings can be anything."""
     if settings.kind not in ("lowrank", "full") or (settings.rank > 0) != (settings.kind == "lowrank"):
         return False
-    bits = (1, 2, 4, 8) if settings.rank else (2, 4, 8)
+    bits = (1, 2, 4, 8) if settings.rank > 0 else (2, 4, 8)
     return settings.bits in bits and settings.group > 0 and settings.group % (8 if settings.bits == 1 else 4) == 0
 
 
@@ -149,16 +150,18 @@ class Codec:
     def recoded(
         self, codes: np.ndarray, scales: np.ndarray, other: Codec, device: torch.device | str = "cpu"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Gradients of this codec, (n, ·) each, as the other's of the same tensors. Of directions that are all equally
-        strong the first are kept, which were the strongest before; anew, those that come first could be any."""
-        if not (self.settings.bits == 1 and 0 < other.settings.rank < self.settings.rank):
+        """Gradients of this codec, (n, ·) each, as the other's of the same tensors. Directions that are all equally
+        strong are handed on, the first of them, which were the strongest: found anew, they could be any mixture."""
+        if not (self.settings.bits == 1 and other.settings.rank):
             return other.encode(self.decode(codes, scales, device))
         factors = []
         for (_, u, v), kept in zip(self._stored(codes, scales, device), other._groups, strict=True):
             assert u is not None
             there = u.square().sum(dim=-1)  # (n, T, k), 1 or 0
             norms = (there * v.double().square().sum(dim=-1)).sum(dim=-1).sqrt()  # of a decoded tensor
-            factors.append(Factors(u[:, :, : kept.pairs], (v * there[..., None])[:, :, : kept.pairs], norms))
+            more = max(0, kept.pairs - u.shape[2])
+            u, v = (F.pad(part, (0, 0, 0, more))[:, :, : kept.pairs] for part in (u, v * there[..., None]))
+            factors.append(Factors(u, v, norms))
         found, found_scales = other._form.write(factors)
         return found.cpu().numpy(), found_scales.cpu().numpy()
 

@@ -145,7 +145,7 @@ class _Passes:
         self.scale = prior.scale
         self.placed = {name: tensor.to(model.device, model.dtype) for name, tensor in prior.tensors.items()}
         self.sought = tuple(prior.log_step_sizes)
-        self.normalized = prior.normalized
+        self.taken = normalized if prior.normalized else lambda tensor: tensor
         self.local = threading.local()
 
     def tap_of(self, projection: Projection) -> Callable[..., torch.Tensor]:
@@ -182,22 +182,22 @@ class _Passes:
             losses.sum().backward()
 
         count = len(positions)
-        tensors = {name: found[name][:count].float() for name in self.sought}
+        tensors = {name: self.taken(found[name].float())[:count] for name in self.sought}
         finite = torch.isfinite(losses[:count])
         for tensor in tensors.values():
             finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
         if not bool(finite.all()):
             for tensor in tensors.values():
                 tensor[~finite] = 0
-        if self.normalized:
-            tensors = {name: normalized(tensor) for name, tensor in tensors.items()}
         return PassageGradients(positions, tensors, losses[:count].detach(), finite)
 
 
 def normalized(tensor: torch.Tensor) -> torch.Tensor:
     """Each of n matrices (n, rows, cols) over its norm, differentiable; zeros stay zeros."""
-    norms = tensor.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    return tensor / torch.where(norms > 0, norms, 1.0)
+    peaks = tensor.detach().abs().amax(dim=(1, 2), keepdim=True)  # so that no square leaves the type's range
+    even = tensor / torch.where(peaks > 0, peaks, 1.0)
+    norms = even.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    return even / torch.where(norms > 0, norms, 1.0)
 
 
 class _Tap(torch.autograd.Function):

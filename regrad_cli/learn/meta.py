@@ -324,7 +324,7 @@ def _through_norm(gradients: torch.Tensor, toward: torch.Tensor) -> torch.Tensor
     """The gradient of Σ⟨gᵢ/|gᵢ|, towardᵢ⟩ by the gᵢ, each (P, rows, cols) in the type of `toward`; 0 where gᵢ is."""
     wide = gradients.to(toward)
     units = normalized(wide)
-    norms = torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True)
+    norms = (units * wide).sum(dim=(1, 2), keepdim=True)
     across = toward - units * (units * toward).sum(dim=(1, 2), keepdim=True)
     return torch.where(norms > 0, across / torch.where(norms > 0, norms, 1.0), 0.0)
 

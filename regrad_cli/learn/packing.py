@@ -14,7 +14,7 @@ import torch
 from regrad_cli.records import CodecSettings
 
 BEST_STEP = 0.9957  # of four equal steps over a normal distribution, in standard deviations (Max, IRE IT-6, 1960)
-FAINT = 1e-6  # a direction so much fainter than the strongest is rounding, and left out where all are made equal
+FAINT = 2e-3  # a direction so much fainter than the strongest is rounding (bf16's), and left out where all are equal
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,13 @@ class Signs:
         signs = torch.zeros((n, self._at.value_count), dtype=torch.uint8, device=device)
         for number, found in enumerate(factors):
             assert found.u is not None and found.norms is not None
-            peaks = found.v.abs().amax(dim=-1)  # (n, T, k)
-            there = peaks > FAINT * peaks.amax(dim=-1, keepdim=True)
+            norms = torch.linalg.vector_norm(found.v.double(), dim=-1)  # (n, T, k)
+            there = norms > FAINT * norms.amax(dim=-1, keepdim=True)
             strength = found.norms / there.sum(dim=-1).clamp(min=1).sqrt()  # (n, T), of each pair
-            mantissa, exponent = torch.frexp(strength)
+            exponent = torch.frexp(strength)[1].clamp(-126, 126)
             place = self._tensors[number].to(device)
-            exponents[:, place], scales[:, place] = exponent.clamp(-126, 126).to(torch.int8), mantissa.half()
+            exponents[:, place] = exponent.to(torch.int8)
+            scales[:, place] = torch.ldexp(strength, -exponent).half()
             thirds = _thirds(found.u) * there[..., None]
             units[:, self._at.units[number].to(device)] = (thirds + 1).to(torch.uint8).flatten(1)
             signs[:, self._at.values[number].to(device)] = (found.v >= 0).to(torch.uint8).flatten(1)

@@ -60,12 +60,17 @@ def with_found_step_size(model: Model, prior: Prior) -> Prior:
 def with_normalized_gradients(model: Model, prior: Prior, passages: Sequence[Sequence[int]]) -> Prior:
     """The prior for gradients of norm 1, its steps as long as they were on average over these passages' (token ids).
 
-    raises  UsageProblem where a tensor has no gradient there, as at a start that nothing was learned into
+    raises  UsageProblem where there is no passage, or a tensor has no gradient, as at a start that nothing was learned
+            into
     """
+    if not passages:
+        raise UsageProblem("--normalized measures gradients, and no task has a passage that one can be taken of")
     norms = dict.fromkeys(prior.log_step_sizes, 0.0)
     for done in passage_gradients(model, prior, passages):
         for name, tensor in done.tensors.items():
-            norms[name] += float(torch.linalg.vector_norm(tensor.flatten(1).double(), dim=1).sum()) / len(passages)
+            norms[name] += float(torch.linalg.vector_norm(tensor.flatten(1).cpu().double(), dim=1).sum()) / len(
+                passages
+            )
     if not all(norm > 0 for norm in norms.values()):
         raise UsageProblem(
             "--normalized needs a prior whose gradients are not zero", "learn one without it first, then --init it"

@@ -91,6 +91,14 @@ def test_one_bit_makes_the_directions_it_keeps_equally_strong() -> None:
     assert cosine(decoded, even) > 0.9999
 
 
+def test_one_bit_leaves_out_what_is_rounding_in_bf16() -> None:
+    matrix = (torch.outer(torch.randn(8), torch.randn(576)) * 1e-3).bfloat16().float()
+    codec = Codec(parse_codec("r4-int1"), (TensorShape("x", 8, 576),))
+    (decoded,) = codec.decode(*codec.encode({"x": matrix[None]}))["x"]
+    strengths = torch.linalg.svdvals(decoded.double())
+    assert strengths[0] == pytest.approx(float(matrix.norm()), rel=1e-2) and strengths[1] < 1e-6 * strengths[0]
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["r1-int1", "r3-int1", "r1-int2", "r1-int4", "r2-int4", "int2", "int4", "int8"]),
@@ -169,13 +177,14 @@ def test_fewer_directions_of_one_bit_are_the_strongest_as_if_encoded_so(name: st
 
 def test_any_codec_becomes_any_other() -> None:
     tensors = gradients(2)
-    names = ("r4-int1", "r2-int1", "r1-int2", "r3-int8", "r6-int4", "int4")
+    names = ("r4-int1", "r2-int1", "r8-int1", "r1-int2", "r3-int8", "r6-int4", "int4")
     for old, new in ((old, new) for old in names for new in names if old != new):
         before, after = (Codec(parse_codec(name), SHAPES) for name in (old, new))
         codes, scales = before.recoded(*before.encode(tensors), after)
         assert codes.shape == (2, after.code_bytes) and scales.shape == (2, after.scale_count)
         decoded = after.decode(codes, scales)
-        assert cosine(flat(decoded), flat(before.decode(*before.encode(tensors)))) > 0.3, (old, new)
+        wide = old.endswith("int1") and parse_codec(new).rank >= parse_codec(old).rank  # handed on as they are
+        assert cosine(flat(decoded), flat(before.decode(*before.encode(tensors)))) > (0.99 if wide else 0.3), (old, new)
 
 
 def test_decoding_does_not_write_to_what_it_reads() -> None:
