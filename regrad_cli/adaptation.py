@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from regrad_cli.bank import Snapshot
 from regrad_cli.engine import Engine
 from regrad_cli.records import Hit
+from regrad_cli.segments import heavy, shared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +32,9 @@ class Gradients(Protocol):
     def dense(self) -> dict[str, torch.Tensor]:
         """{tensor name: (m, rows, cols) float32}"""
 
+    def picked(self, places: Sequence[int]) -> Gradients:
+        """Those in these places."""
+
 
 @dataclass(frozen=True, eq=False)
 class Coded:
@@ -46,6 +50,9 @@ class Coded:
 
     def dense(self) -> dict[str, torch.Tensor]:
         return self.codec.decode(self.codes, self.scales, self.device)
+
+    def picked(self, places: Sequence[int]) -> Coded:
+        return replace(self, codes=self.codes[list(places)], scales=self.scales[list(places)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +70,15 @@ class Dense:
     def dense(self) -> dict[str, torch.Tensor]:
         return self.tensors
 
+    def picked(self, places: Sequence[int]) -> Dense:
+        return Dense({name: stack[list(places)] for name, stack in self.tensors.items()})
+
 
 @dataclass(frozen=True)
 class Adaptation:
     """θ and the gradients of k passages.
 
-    gradients   of the passages' m segments, those that hardly weigh left out
+    gradients   of the passages' m segments
     weights     m floats, by the prior's rule
     gamma       strength, the prior's own included
     owners      m places: of which of the k passages each is
@@ -85,10 +95,33 @@ class Adaptation:
         return replace(self, prior=self.prior.among_passages())
 
     def of_passages(self, k: int) -> tuple[float, ...]:
+        """What those gradients of each of the k passages weigh that are applied."""
+        return self.applied().shares(k)
+
+    def shares(self, k: int) -> tuple[float, ...]:
         """What the gradients of each of the k passages weigh."""
         return tuple(
             sum(weight for owner, weight in zip(self.owners, self.weights, strict=True) if owner == place)
             for place in range(k)
+        )
+
+    def alone(self, place: int) -> Adaptation:
+        """By the gradients of one of the passages, which get all the weight."""
+        share = self.shares(place + 1)[place]
+        part = sum(self.weights) / share if share > 0 else 0.0
+        own = (
+            weight * part if owner == place else 0.0 for owner, weight in zip(self.owners, self.weights, strict=True)
+        )
+        return replace(self, weights=tuple(own))
+
+    def applied(self) -> Adaptation:
+        """Without the gradients that hardly weigh anything."""
+        kept = heavy(self.weights)
+        return replace(
+            self,
+            gradients=self.gradients.picked(kept),
+            weights=tuple(self.weights[place] for place in kept),
+            owners=tuple(self.owners[place] for place in kept),
         )
 
     def change(self, without: int | None = None) -> dict[str, torch.Tensor]:
@@ -97,9 +130,10 @@ class Adaptation:
         without     the place of a passage that is left out; the others keep their weights
         source      ReGrad, arXiv 2606.15734, section on adaptation at inference
         """
-        weights = [0.0 if owner == without else weight for owner, weight in zip(self.owners, self.weights, strict=True)]
+        own = self.applied()
+        weights = [0.0 if owner == without else weight for owner, weight in zip(own.owners, own.weights, strict=True)]
         steps = self.prior.step_sizes
-        return {name: total.mul_(-self.gamma * steps[name]) for name, total in self.gradients.weighted(weights).items()}
+        return {name: total.mul_(-self.gamma * steps[name]) for name, total in own.gradients.weighted(weights).items()}
 
 
 def adaptation_by(
@@ -110,22 +144,15 @@ def adaptation_by(
     raises  Damaged where a row is not what its checksum says
     """
     from regrad_cli.learn.model import choose_device
-    from regrad_cli.segments import heavy, shared
 
     rows = snapshot.read_rows([hit.ref for hit in hits])
     parts = engine.layout.split(rows.codes, rows.scales)
     weights = engine.prior.weights_for([hit.score for hit in hits])
     if parts.vectors is not None:
         weights = shared(weights, _fits(engine, question, hits, parts), engine.prior.segment_temperature)
-    kept = heavy(weights)
-    gradients = Coded(engine.layout.codec, parts.codes[kept], parts.scales[kept], choose_device(device))
-    return Adaptation(
-        engine.prior,
-        gradients,
-        tuple(weights[place] for place in kept),
-        gamma * float(engine.prior.card["gamma"]),
-        tuple(parts.owners[kept].tolist()),
-    )
+    gradients = Coded(engine.layout.codec, parts.codes, parts.scales, choose_device(device))
+    strength = gamma * float(engine.prior.card["gamma"])
+    return Adaptation(engine.prior, gradients, tuple(weights), strength, tuple(parts.owners.tolist()))
 
 
 def _fits(engine: Engine, question: str, hits: Sequence[Hit], parts: Parts) -> list[np.ndarray]:

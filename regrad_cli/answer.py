@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from regrad_cli.adaptation import Adaptation, adaptation_by
+from regrad_cli.candidates import Candidate, candidates, weights
 from regrad_cli.engine import narrated
 from regrad_cli.errors import UsageProblem
 from regrad_cli.finding import Opened, Retrieved, fitting
 from regrad_cli.models import ModelFolder, resolve_model
 from regrad_cli.records import Answer, BankSettings, Explanation, Hit, Notice, Piece, Refused, Used
-from regrad_cli.settings import MODES
+from regrad_cli.settings import COMBINE_AUTO, COMBINES, MODES
 
 if TYPE_CHECKING:
     from regrad_cli.learn.model import Model
@@ -34,17 +35,21 @@ PROMPT_MODES = frozenset({"rag", "both"})
 class AskOptions:
     """How one question is answered. k: None for as many passages as the prior was made for; gamma: multiplies the
     prior's own step; min_score: leaves out passages that score less, "auto" what was measured to be too little, None
-    none; explain: measures what each passage's gradient did.
+    none; combine: what is made of several passages' gradients (candidates.py); explain: measures what each passage's
+    gradient did.
     """
 
     mode: str = "regrad"
     k: int | None = None
     gamma: float = 1.0
     min_score: MinScore = "auto"
+    combine: str = COMBINE_AUTO
     max_tokens: int = 128
     explain: bool = False
 
     def __post_init__(self) -> None:
+        if self.combine not in COMBINES:
+            raise UsageProblem(f"there is no way '{self.combine}' to combine", f"use one of {', '.join(COMBINES)}")
         if self.explain and self.mode not in GRADIENT_MODES:
             raise UsageProblem(
                 f"mode {self.mode} applies no gradients, so there is nothing to explain", "use --mode regrad or both"
@@ -53,13 +58,24 @@ class AskOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A question with what it is answered with. adaptation: None where no gradients are applied"""
+    """A question with the ways in which it may be answered.
+
+    shown       the passages as they stand in a prompt; none in modes that show none
+    adaptation  by the gradients of all its passages; None where none are applied
+    """
 
     question: str
     mode: str
     found: Retrieved
-    prompt: tuple[int, ...]
+    shown: tuple[str, ...]
     adaptation: Adaptation | None
+    candidates: tuple[Candidate, ...]
+
+    def adaptation_of(self, candidate: Candidate) -> Adaptation | None:
+        """By the gradients that this candidate applies."""
+        if self.adaptation is None or candidate.place is None:
+            return self.adaptation
+        return self.adaptation.alone(candidate.place)
 
 
 class Answerer:
@@ -218,7 +234,7 @@ class Answerer:
         return self._alone
 
     def prepared(self, model: Model, question: str, options: AskOptions, found: Retrieved) -> Prepared:
-        """What a question is answered with, all but the answer.
+        """The ways in which a question may be answered.
 
         raises  UsageProblem where the model cannot read so much at once
         """
@@ -230,26 +246,31 @@ class Answerer:
             adaptation = self.adaptation(question, found, options.gamma)
             if mode in PROMPT_MODES:
                 adaptation = adaptation.among_passages()
-        shown = [hit.passage.training_text for hit in hits] if mode in PROMPT_MODES else []
-        prompt = prompt_ids(model, question, shown)
-        limit = model.positions
-        if limit is not None and len(prompt) + options.max_tokens > limit:
+        shown = tuple(hit.passage.training_text for hit in hits) if mode in PROMPT_MODES else ()
+        ways: tuple[Candidate, ...]
+        if adaptation is None:
+            ways = (Candidate(tuple(prompt_ids(model, question, shown))),)
+        else:
+            ways = candidates(model, question, shown, adaptation.prior, lambda: adaptation, options.combine)
+        tokens, limit = max(len(way.prompt) for way in ways), model.positions
+        if limit is not None and tokens + options.max_tokens > limit:
             raise UsageProblem(
-                f"the prompt takes {len(prompt)} tokens and the answer up to {options.max_tokens}: more than {limit}",
+                f"the prompt takes {tokens} tokens and the answer up to {options.max_tokens}: more than {limit}",
                 "ask a shorter question, use a smaller -k, or mode regrad",
             )
-        return Prepared(question, mode, found, tuple(prompt), adaptation)
+        return Prepared(question, mode, found, shown, adaptation, ways)
 
     def told(
         self,
         asked: Prepared,
+        given: Candidate,
         text: str,
         tokens: int,
         seconds: dict[str, float],
         explanation: Explanation | None = None,
     ) -> Answer:
-        """The record of an answer of so many tokens."""
-        hits, adaptation = asked.found.hits, asked.adaptation
+        """The record of an answer of so many tokens, given by this candidate."""
+        hits, adaptation = asked.found.hits, asked.adaptation_of(given)
         weights = [None] * len(hits) if adaptation is None else adaptation.of_passages(len(hits))
         snapshot = self._opened.snapshot if self._opened else None
         return Answer(
@@ -258,7 +279,7 @@ class Answerer:
             mode=asked.mode,
             grounded=bool(hits),
             passages=tuple(used(hit, weight) for hit, weight in zip(hits, weights, strict=True)),
-            tokens={"prompt": len(asked.prompt), "answer": tokens},
+            tokens={"prompt": len(given.prompt), "answer": tokens},
             seconds=seconds,
             model=snapshot.settings.model_name if snapshot else self._model_name,
             prior=snapshot.settings.prior_name if snapshot else None,
@@ -271,15 +292,15 @@ class Answerer:
     def _generate(
         self, model: Model, question: str, options: AskOptions, found: Retrieved, clock: Clock
     ) -> Iterator[Piece | Answer]:
-        from regrad_cli.learn.adapt import adapted
-        from regrad_cli.learn.prompt import Kept, greedy, pieces
+        from regrad_cli.learn.generate import Race
+        from regrad_cli.learn.prompt import Kept, pieces
 
         asked = self.prepared(model, question, options, found)
-        context: AbstractContextManager[None] = nullcontext()
-        if asked.adaptation is not None:
-            context = adapted(model, asked.adaptation.prior, asked.adaptation.change())
+        ways = asked.candidates
+        context = weights(model, ways)
         text: list[str] = []
-        tokens = Kept(greedy(model, asked.prompt, options.max_tokens))
+        race = Race(model, [way.prompt for way in ways], [way.chance for way in ways], options.max_tokens)
+        tokens = Kept(race.answer())
         with ExitStack() as changes:
             self._end_answer(changes)  # a consumer may still hold an earlier one that it left in the middle
             changes.enter_context(context)
@@ -292,12 +313,13 @@ class Answerer:
             clock.lap("generate")
         clock.lap("restore")
         explanation = None
+        given = ways[race.winner]
         if options.explain and asked.adaptation is not None:
             from regrad_cli.explain import explain
 
-            explanation = explain(model, asked.adaptation, found.hits, asked.prompt, [*tokens.ids, *tokens.end])
+            explanation = explain(model, asked, given, [*tokens.ids, *tokens.end])
             clock.lap("explain")
-        yield self.told(asked, "".join(text), len(tokens.ids), clock.seconds(), explanation)
+        yield self.told(asked, given, "".join(text), len(tokens.ids), clock.seconds(), explanation)
 
     def _end_answer(self, following: ExitStack) -> None:
         """Takes off what an answer in the middle of its tokens has put on the model; it cannot go on."""

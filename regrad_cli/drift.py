@@ -43,7 +43,7 @@ class Growth:
     fresh          a LoRA that nothing has been trained into, where continued pretraining starts
     passages       (title, text) without repetition, the questions' own first
     sizes          numbers of passages at which is measured, ascending
-    embedder, codec, device, dtype, k, search, min_score, max_tokens, seed, cpt_rate as in EvaluateOptions
+    embedder, codec, device, dtype, k, search, min_score, combine, max_tokens, seed, cpt_rate as in EvaluateOptions
     """
 
     model: Model
@@ -60,6 +60,7 @@ class Growth:
     k: int | None
     search: str
     min_score: MinScore
+    combine: str
     max_tokens: int
     seed: int
     cpt_rate: float
@@ -143,7 +144,8 @@ def _bank(growth: Growth, found: list[DriftPoint]) -> Generator[Event, None, Non
             seconds = time.perf_counter() - start
             options: dict[str, Any] = {"device": growth.device, "dtype": growth.dtype, "search": growth.search}
             with Answerer(bank, modes={"regrad"}, **options) as answerer:
-                evidence = yield from found_evidence(answerer, growth.asked, growth.k, growth.min_score)
+                chosen = growth.k, growth.min_score, growth.combine
+                evidence = yield from found_evidence(answerer, growth.asked, *chosen)
                 way = Way(f"regrad@{size}", lora=growth.prior, source=lambda one, e=evidence: e[one.number])  # type: ignore[misc]
                 yield from _point(growth, found, "regrad", size, way, seconds, recalled=recall(growth.asked, evidence))
             if weights_hash(growth.model) != unchanged:

@@ -15,6 +15,7 @@ from regrad_cli.evidence import Asked, Evidence, read_questions, read_texts, rec
 from regrad_cli.preparation import MODES, OBJECTIVES, SHOWING, Bench, EvaluateOptions
 from regrad_cli.records import Notice, Progress, Skipped
 from regrad_cli.results import DriftPoint, Evaluated, Scored, Scores
+from regrad_cli.settings import COMBINES
 from regrad_cli.trials import Way, answers, noise, summary
 
 __all__ = ["MODES", "EvaluateOptions", "evaluate"]
@@ -63,10 +64,12 @@ def _check(options: EvaluateOptions) -> None:
         raise UsageProblem(f"there is no mode {', '.join(unknown)}", f"use some of {','.join(MODES)}")
     if options.modes is not None and not options.modes:
         raise UsageProblem("no mode was named", f"use some of {','.join(MODES)}")
-    chooses = options.k is not None or options.min_score != "auto" or options.search != "auto"
+    if options.combine not in COMBINES:
+        raise UsageProblem(f"there is no way '{options.combine}' to combine", f"use one of {', '.join(COMBINES)}")
+    chooses = options.k is not None or {options.min_score, options.search, options.combine} != {"auto"}
     if chooses and options.bank is None and not options.drift:
         hint = "use them with --retrieval bank"
-        raise UsageProblem("-k, --search and --min-score choose among a bank's passages", hint)
+        raise UsageProblem("-k, --search, --min-score and --combine choose among a bank's passages", hint)
 
 
 def _answers(bench: Bench, results: list[Scored]) -> Iterator[Scored | Progress | Notice]:

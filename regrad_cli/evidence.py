@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_cli.adaptation import Adaptation, Coded, Dense, Gradients
 from regrad_cli.records import Notice, Progress, Skipped
-from regrad_cli.segments import Segment, heavy, shared
+from regrad_cli.segments import Segment, shared
+from regrad_cli.settings import COMBINE_SUM
 from regrad_cli.tasks import Task, TaskQuestion, read_tasks
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Evidence:
     shown   the passages as they stand in a prompt
     adapt   question → the adaptation by their gradients; None where there are none
     found   the texts of a bank's hits, best first, at least ten where there are so many; None for a task's own passages
+    combine what is made of their gradients, as `candidates` has it: a task's own passages are all right, and added up
     """
 
     name: str
@@ -57,6 +59,7 @@ class Evidence:
     shown: tuple[str, ...]
     adapt: Callable[[str], Adaptation] | None
     found: tuple[str, ...] | None = None
+    combine: str = COMBINE_SUM
 
 
 def read_questions(files: Sequence[Path], limit: int | None) -> tuple[list[Asked], list[Skipped]]:
@@ -174,8 +177,7 @@ class OwnGradients:
             if self._cutter is not None:
                 fits = [self._cutter.fits(question, own) for own in passages]
                 weights = shared(weights, fits, self.prior.segment_temperature)
-            kept = heavy(weights)
-            rows = [self._kept[parts[place].training_text] for place in kept]
+            rows = [self._kept[part.training_text] for part in parts]
             gradients: Gradients
             if self.codec is None:
                 gradients = Dense({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
@@ -183,14 +185,13 @@ class OwnGradients:
                 codes, scales = (np.stack(part) for part in zip(*rows, strict=True))
                 gradients = Coded(self.codec, codes, scales, self.model.device)
             gamma = float(self.prior.card["gamma"])
-            chosen = tuple(weights[place] for place in kept)
-            return Adaptation(self.prior, gradients, chosen, gamma, tuple(owners[place] for place in kept))
+            return Adaptation(self.prior, gradients, tuple(weights), gamma, tuple(owners))
 
         return replace(own_passages(task), adapt=adapt)
 
 
 def found_evidence(
-    answerer: Answerer, asked: Sequence[Asked], k: int | None, min_score: MinScore
+    answerer: Answerer, asked: Sequence[Asked], k: int | None, min_score: MinScore, combine: str
 ) -> Generator[Progress | Notice, None, dict[int, Evidence]]:
     """{question's number: what it finds in the bank}, by the retrieval of `ask`."""
     from regrad_cli.answer import AskOptions
@@ -212,6 +213,7 @@ def found_evidence(
             shown=tuple(hit.passage.training_text for hit in hits),
             adapt=adapt if hits else None,
             found=tuple(hit.passage.text or "" for hit in wide.hits),
+            combine=combine,
         )
         yield Progress("retrieval", len(found), len(asked))
     return found

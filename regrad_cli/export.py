@@ -1,6 +1,7 @@
 """A question → the adapted weights as a PEFT adapter folder. Yields events; prints nothing.
 
-Loads no weights of the language model: a bank's rows, its prior and the model's structure are all that an adapter is.
+Weights of the language model are loaded only to tell which of several passages answers: a bank's rows, its prior and
+the model's structure are all that an adapter is.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from regrad_cli.adaptation import Adaptation
 from regrad_cli.answer import Answerer, AskOptions, used
+from regrad_cli.candidates import answered, ways
 from regrad_cli.errors import StorageFailed, UsageProblem
+from regrad_cli.finding import Retrieved
 from regrad_cli.models import HUB_ID
 from regrad_cli.places import expanded
 from regrad_cli.records import Exported, Notice
@@ -75,7 +79,7 @@ def export(
         from regrad_cli.learn.peft_layout import adapter_files, projections_of
         from regrad_cli.learn.prompt import question_text
 
-        adaptation = answerer.adaptation(question, found, options.gamma)
+        adaptation = yield from _answering(answerer, question, options, found)
         folder = answerer.model_folder
         base_model = base_model_name(model or settings.model_name, folder)
         projections = projections_of(folder)
@@ -101,6 +105,23 @@ def export(
         partial=bool(found.left_out),
         notices=found.left_out,
     )
+
+
+def _answering(
+    answerer: Answerer, question: str, options: AskOptions, found: Retrieved
+) -> Generator[Notice, None, Adaptation]:
+    """What `ask` would answer with. Where several passages may, it takes the model to tell which does."""
+    adaptation = answerer.adaptation(question, found, options.gamma)
+    places = [place for place, _ in ways(adaptation, options.combine)]
+    place = places[0]
+    if len(places) > 1:
+        from regrad_cli.learn.prompt import BEGINNING
+
+        model = yield from answerer.load()
+        asked = answerer.prepared(model, question, options, found)
+        ((_, given),) = answered(model, [asked.candidates], BEGINNING)
+        place = given.candidate.place
+    return adaptation if place is None else adaptation.alone(place)
 
 
 def base_model_name(name: str, folder: Path) -> str:

@@ -23,6 +23,7 @@ from regrad_cli.fingerprints import Fingerprint, fingerprint
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
 from regrad_cli.priors import AUTO, chosen_codec, prior_for, refuse_baseline
 from regrad_cli.records import Notice, Progress, Skipped
+from regrad_cli.settings import COMBINE_AUTO, COMBINE_SUM
 from regrad_cli.tasks import Task
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class EvaluateOptions:
     model       without a bank, the model; with one, another place of the bank's model
     codec       what gradients go through without a bank: "auto" for the prior's own, None for none
     limit       the most questions of a file
-    k, search, min_score as `ask` has them
+    k, search, min_score, combine as `ask` has them
     corpus      more tasks files, whose passages are added in mode cpt and in measurements of drift
     drift       numbers of passages at which drift is measured
     """
@@ -68,6 +69,7 @@ class EvaluateOptions:
     k: int | None = None
     search: str = "auto"
     min_score: MinScore = "auto"
+    combine: str = COMBINE_AUTO
     max_tokens: int = 32
     device: str = "auto"
     dtype: str = "auto"
@@ -208,7 +210,8 @@ class Bench:
         """What each question is answered from; tasks whose passages have no gradient are left out."""
         options = self.options
         if self.answerer is not None:
-            self.evidence = yield from found_evidence(self.answerer, self.asked, options.k, options.min_score)
+            chosen = options.k, options.min_score, options.combine
+            self.evidence = yield from found_evidence(self.answerer, self.asked, *chosen)
             return
         make = own_passages
         if BY_GRADIENT & set(self.modes):
@@ -302,6 +305,7 @@ class Bench:
             k=options.k,
             search=options.search,
             min_score=options.min_score,
+            combine=options.combine,
             max_tokens=options.max_tokens,
             seed=options.seed,
             cpt_rate=options.cpt_rate,
@@ -322,6 +326,7 @@ class Bench:
             "k": None if options.bank is None else options.k or int(self.prior.card["k"]),
             "search": None if options.bank is None else options.search,
             "min_score": None if options.bank is None else options.min_score,
+            "combine": COMBINE_SUM if options.bank is None else options.combine,
             "max_tokens": options.max_tokens,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -292,7 +292,8 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one passage's gradient did: by how many nats the answer's log-probability is higher with it than without."""
+    """What one passage's gradient does: by how many nats the answer's log-probability is higher with it than without.
+    Where passages answered one by one, by itself; where they were added up, beside all others."""
 
     id: str
     weight: float

@@ -17,6 +17,7 @@ from typing import Any
 from regrad_cli.errors import UsageProblem
 
 MODES = ("regrad", "both", "rag", "direct")
+COMBINES = COMBINE_AUTO, COMBINE_LIKELIEST, COMBINE_SUM = "auto", "likeliest", "sum"
 SEARCHES = ("auto", "fused", "dense", "lexical")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 MOST = 1_000_000_000  # of a whole number: what is more was meant as "all", or is a slip
@@ -113,6 +114,7 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting("gamma", 1.0, "float", "strength of the passages' gradients", minimum=0),
         Setting("search", "auto", "choice", "how passages are found", choices=SEARCHES),
+        Setting("combine", COMBINE_AUTO, "choice", "what is made of several passages' gradients", choices=COMBINES),
         Setting("min_score", "auto", "score", "least score of a passage that is used"),
         Setting("max_tokens", 128, "int", "longest answer, in tokens", minimum=1),
     )

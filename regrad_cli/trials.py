@@ -7,13 +7,13 @@ differs are the weights and the context alone. What an answer is does not depend
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from regrad_cli.adaptation import Adaptation, Dense
+from regrad_cli.candidates import Candidate, answered, candidates
 from regrad_cli.evidence import Asked, Evidence
 from regrad_cli.results import Difference, ModeScore, Scored, Scores
 from regrad_cli.scores import exact_match, f1, interval, resampled_means
@@ -69,66 +69,51 @@ def answers(
     model: Model, asked: Sequence[Asked], evidence: Mapping[int, Evidence], way: Way, max_tokens: int
 ) -> Iterator[Scored]:
     """Every question answered in this way, each scored; shortest prompts first."""
-    from regrad_cli.learn.generate import batches, greedy_batch
+
+    ways = [_candidates(model, one, evidence, way) for one in asked]
+    for place, given in answered(model, ways, max_tokens):
+        one = asked[place]
+        text = model.tokenizer.decode(given.ids, skip_special_tokens=True).strip()
+        source = way.source(one) if way.source else evidence[one.number] if way.shows else None
+        untouched = way.source is not None and given.candidate.prior is None
+        yield Scored(
+            number=one.number,
+            dataset=one.dataset,
+            task=one.task.id,
+            question=one.question.question,
+            answers=one.question.answers,
+            mode=way.mode,
+            answer=text,
+            em=exact_match(text, one.question.answers),
+            f1=f1(text, one.question.answers),
+            seconds=given.seconds,
+            prompt_tokens=len(given.candidate.prompt),
+            answer_tokens=len(given.ids),
+            passages=source.titles if source and not untouched else (),
+            run=way.run,
+        )
+
+
+def _candidates(model: Model, one: Asked, evidence: Mapping[int, Evidence], way: Way) -> tuple[Candidate, ...]:
+    """The ways in which a question may be answered. Gradients are read when they are needed: those of all questions
+    would not fit into memory."""
     from regrad_cli.learn.prompt import prompt_ids
 
-    def nothing_fits(one: Asked) -> bool:
-        return way.source is not None and way.source(one).adapt is None
+    question = one.question.question
+    shown = evidence[one.number].shown if way.shows else ()
+    source = None if way.source is None else way.source(one)
+    if way.lora is None or source is None or source.adapt is None:
+        lora = way.lora if source is None else None
+        return (Candidate(tuple(prompt_ids(model, question, shown)), lora),)
 
-    for untouched in (False, True):
-        group = [one for one in asked if nothing_fits(one) is untouched]
-        prompts = [
-            prompt_ids(model, one.question.question, evidence[one.number].shown if way.shows else ()) for one in group
-        ]
-        for batch in batches(model, list(map(len, prompts)), max_tokens):
-            chosen = [group[place] for place in batch]
-            start = time.perf_counter()
-            with nullcontext() if untouched else _weights(model, chosen, way):
-                tokens = greedy_batch(model, [prompts[place] for place in batch], max_tokens)
-            seconds = (time.perf_counter() - start) / len(batch)
-            for place, one, ids in zip(batch, chosen, tokens, strict=True):
-                text = model.tokenizer.decode(ids, skip_special_tokens=True).strip()
-                source = way.source(one) if way.source else evidence[one.number] if way.shows else None
-                yield Scored(
-                    number=one.number,
-                    dataset=one.dataset,
-                    task=one.task.id,
-                    question=one.question.question,
-                    answers=one.question.answers,
-                    mode=way.mode,
-                    answer=text,
-                    em=exact_match(text, one.question.answers),
-                    f1=f1(text, one.question.answers),
-                    seconds=seconds,
-                    prompt_tokens=len(prompts[place]),
-                    answer_tokens=len(ids),
-                    passages=source.titles if source and not untouched else (),
-                    run=way.run,
-                )
+    alter = None if way.alter is None else partial(_altered, way.alter, source)
+    return candidates(model, question, shown, way.lora, partial(source.adapt, question), source.combine, alter)
 
 
-def _weights(model: Model, chosen: Sequence[Asked], way: Way) -> AbstractContextManager[Any]:
-    """The context in which a batch is answered."""
-    from regrad_cli.learn.adapt import adapted
-    from regrad_cli.learn.generate import adapted_rows
-
-    if way.lora is None:
-        return nullcontext()
-    if way.source is None:
-        return adapted(model, way.lora)
-    changes: dict[tuple[Evidence, str], dict[str, Any]] = {}
-    rows = []
-    for one in chosen:
-        source = way.source(one)
-        question = one.question.question
-        if (source, question) not in changes:
-            assert source.adapt is not None
-            adaptation = source.adapt(question)
-            if way.alter is not None:
-                adaptation = way.alter(adaptation, source)
-            changes[source, question] = adaptation.change()
-        rows.append(changes[source, question])
-    return adapted_rows(model, way.lora, rows)
+def _altered(
+    alter: Callable[[Adaptation, Evidence], Adaptation], source: Evidence, adaptation: Adaptation
+) -> Adaptation:
+    return alter(adaptation, source)
 
 
 def summary(results: Sequence[Scored], *, seed: int, retrieval: dict[str, float] | None = None) -> Scores:

@@ -196,11 +196,12 @@ def test_direct_without_a_bank_asks_the_model_alone(fakes):
 
 
 def test_options_reach_the_use_case_and_variables_count(fakes):
-    words = "--mode both -k 5 --gamma 0.5 --min-score 0.1 --max-tokens 9 --device cpu --dtype fp32 --skip-damaged"
+    words = "--mode both -k 5 --gamma 0.5 --min-score 0.1 --max-tokens 9 --combine sum"
+    words += " --device cpu --dtype fp32 --skip-damaged"
     call("ask", "q", *words.split(), "--snapshot", "2")
     options = fakes.asked[-1][1]
     given = {"mode": "both", "k": 5, "gamma": 0.5, "min_score": 0.1, "max_tokens": 9, "explain": False}
-    assert vars(options) == given
+    assert vars(options) == given | {"combine": "sum"}
     expected = {"modes": {"both"}, "device": "cpu", "dtype": "fp32", "snapshot": 2, "skip_damaged": True, "model": None}
     assert expected.items() <= fakes.loaded_with.items()
 

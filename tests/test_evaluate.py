@@ -788,12 +788,12 @@ def test_ctrl_c_keeps_the_answers_so_far_and_the_model(
 
     real, calls, models = generate.greedy_batch, [], []
 
-    def interrupted(model: Any, prompts: Any, max_tokens: int) -> Any:
+    def interrupted(model: Any, prompts: Any, max_tokens: int, beginnings: Any) -> Any:
         models.append(model)
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(model, prompts, max_tokens)
+        return real(model, prompts, max_tokens, beginnings)
 
     monkeypatch.setattr(generate, "greedy_batch", interrupted)
     answers = tmp_path / "answers.jsonl"

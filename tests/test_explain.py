@@ -19,7 +19,7 @@ from regrad_cli.adaptation import Adaptation, Dense
 from regrad_cli.answer import Answerer, AskOptions
 from regrad_cli.bank import open_bank
 from regrad_cli.errors import UsageProblem
-from regrad_cli.explain import explain
+from regrad_cli.explain import explain_sum
 from regrad_cli.finding import query
 from regrad_cli.learn import likelihood
 from regrad_cli.learn.adapt import adapted, combine
@@ -177,7 +177,7 @@ def test_the_passage_that_says_it_helped_and_the_one_with_its_gradient_turned_ro
     stacked = Dense({name: torch.stack(each) for name, each in tensors.items()})
     adaptation = Adaptation(small, stacked, (1.0, 1.0, 1.0), 1.0, (0, 1, 2))
     hits = [Hit(RowRef(0, row), 0.5, Passage("d", "d", "", row, 0, 40, None)) for row in range(3)]
-    told = explain(model, adaptation, hits, own[:10], own[10:])
+    told = explain_sum(model, adaptation, hits, own[:10], own[10:])
     helped, stranger, hindered = (each.change for each in told.passages)
     assert helped > 0 > hindered
     assert helped > 4 * abs(stranger)

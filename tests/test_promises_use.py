@@ -196,10 +196,10 @@ def test_promise_19_weights_and_prior_are_the_same_bits_after_every_answer(
 
 
 def stop_after_three(error: BaseException) -> Callable[..., Iterator[int]]:
-    from regrad_cli.learn.prompt import greedy
+    from regrad_cli.learn.prompt import answer_of
 
     def tokens(*given: Any) -> Iterator[int]:
-        for place, token in enumerate(greedy(*given)):
+        for place, token in enumerate(answer_of(*given)):
             if place == 3:
                 raise error
             yield token
@@ -215,7 +215,7 @@ def test_promise_19_weights_are_restored_after_an_exception_or_ctrl_c_at_the_thi
     answerer, watch = watched
     wanted = answered(answerer, QUESTION, mode).answer
     with monkeypatch.context() as patch:
-        patch.setattr("regrad_cli.learn.prompt.greedy", stop_after_three(error))
+        patch.setattr("regrad_cli.learn.generate.answer_of", stop_after_three(error))
         with pytest.raises(type(error)):
             answered(answerer, QUESTION, mode)
     assert watch.same
@@ -276,19 +276,19 @@ SIGNALLED = """
 import sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import regrad_cli.learn.model as module
-import regrad_cli.learn.prompt as prompt
+import regrad_cli.learn.generate as generate
 from test_promises_use import weights_hash
 held = []
-real, greedy = module.load_model, prompt.greedy
+real, answer_of = module.load_model, generate.answer_of
 def load_model(*given, **named):
     model = real(*given, **named)
     held.append((model, weights_hash(model.network)))
     return model
 def slow(*given):
-    for place, token in enumerate(greedy(*given)):
+    for place, token in enumerate(answer_of(*given)):
         time.sleep({pause!r})
         yield token
-module.load_model, prompt.greedy = load_model, slow
+module.load_model, generate.answer_of = load_model, slow
 from regrad_cli.cli import main
 code = main(sys.argv[1:])
 model, before = held[0]

@@ -7,7 +7,7 @@ import typer
 
 from regrad_cli.cli import answers
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, command
-from regrad_cli.cli.work import SECTION, Gamma, K, MinScore, Search
+from regrad_cli.cli.work import SECTION, Combine, Gamma, K, MinScore, Search
 from regrad_cli.errors import EXIT_DONE, UsageProblem
 from regrad_cli.records import Exported
 from regrad_cli.settings import DTYPES
@@ -21,6 +21,7 @@ def export(
     gamma: Gamma = None,
     search: Search = None,
     min_score: MinScore = None,
+    combine: Combine = None,
     model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="Where the bank's model lies.")] = None,
     snapshot: Snapshot = None,
     skip_damaged: SkipDamaged = False,
@@ -43,7 +44,7 @@ def export(
     """
     if not text.strip() or text == "-":
         raise UsageProblem("export takes one question", 'name it: regrad export "What is …?" --out FOLDER')
-    flags = {"k": k, "gamma": gamma, "min_score": min_score}
+    flags = {"k": k, "gamma": gamma, "min_score": min_score, "combine": combine}
     settings = {name: call.value(name, flag) for name, flag in flags.items()}
     device, dtype = call.value("device", call.device), call.value("dtype", call.dtype)
     bank = call.bank_path()

@@ -92,7 +92,7 @@ def explanation(terminal: Terminal, answer: Answer) -> None:
     columns = (Column("change", number=True), Column("weight", number=True), Column("id"), Column("passage", share=1))
     terminal.table(columns, rows)
     terminal.text(
-        "change: by how many nats the answer is likelier with the passage than without it; below 0 it stood in the way",
+        "change: by how many nats the answer is likelier with the passage's gradient; below 0 it stands in the way",
         "dim",
     )
     terminal.text(

@@ -10,7 +10,7 @@ import typer
 
 from regrad_cli.cli import answers, waiting
 from regrad_cli.cli.call import Call, SkipDamaged, Snapshot, command
-from regrad_cli.cli.work import SECTION, Gamma, K, MinScore, Search, problem, stated
+from regrad_cli.cli.work import SECTION, Combine, Gamma, K, MinScore, Search, problem, stated
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
 from regrad_cli.questions import Line, read_questions
 from regrad_cli.records import Comparison
@@ -35,6 +35,7 @@ def ask(
     gamma: Gamma = None,
     search: Search = None,
     min_score: MinScore = None,
+    combine: Combine = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", metavar="N", help="Longest answer, in tokens; 128 if not set.")
     ] = None,
@@ -68,7 +69,7 @@ def ask(
     question = "" if many else stated(text or "")
     _refuse_together(mode, compare, explain, one_line=many and not call.terminal.json)
     chosen = call.value("mode", mode)
-    flags = {"k": k, "gamma": gamma, "min_score": min_score, "max_tokens": max_tokens}
+    flags = {"k": k, "gamma": gamma, "min_score": min_score, "combine": combine, "max_tokens": max_tokens}
     settings = {name: call.value(name, flag) for name, flag in flags.items()}
     device, dtype = call.value("device", call.device), call.value("dtype", call.dtype)
     bank = call.bank_path() if compare else _bank_for(call, chosen)

@@ -12,7 +12,7 @@ import typer
 
 from regrad_cli.cli import figures
 from regrad_cli.cli.call import Call, command
-from regrad_cli.cli.work import K, MinScore, Search
+from regrad_cli.cli.work import Combine, K, MinScore, Search
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, StorageFailed, UsageProblem
 from regrad_cli.results import Evaluated, Scored
 from regrad_cli.shown import json_text
@@ -77,6 +77,7 @@ def evaluate(
     k: K = None,
     search: Search = None,
     min_score: MinScore = None,
+    combine: Combine = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
     ] = 32,
@@ -126,7 +127,7 @@ def evaluate(
     if chosen is Retrieval.bank and codec is not None:
         raise UsageProblem("a bank's gradients have gone through its own codec", "leave --codec out")
     bank = call.bank_path() if chosen is Retrieval.bank else None
-    flags = {"k": k, "search": search, "min_score": min_score}
+    flags = {"k": k, "search": search, "min_score": min_score, "combine": combine}
     if bank is None and drift is None:  # then settings of banks do not count, and flags are refused
         flags = {name: flag for name, flag in flags.items() if flag is not None}
     flags |= {"device": call.device, "dtype": call.dtype}

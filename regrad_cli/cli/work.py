@@ -14,7 +14,7 @@ from regrad_cli.cli.stale import ingest_stale, refuse_together
 from regrad_cli.errors import EXIT_DONE, EXIT_PARTIAL, UsageProblem
 from regrad_cli.questions import Line, read_questions
 from regrad_cli.records import BankSettings, DocumentDone, DocumentGone, IngestSummary
-from regrad_cli.settings import SEARCHES
+from regrad_cli.settings import COMBINES, SEARCHES
 
 SECTION = "Documents and answers"
 K = Annotated[
@@ -36,6 +36,16 @@ Search = Annotated[
         metavar="|".join(SEARCHES),
         help="Find passages by meaning and words (fused), by meaning or by words; auto is fused where there is text.",
         autocompletion=lambda: list(SEARCHES),
+    ),
+]
+Combine = Annotated[
+    str | None,
+    typer.Option(
+        "--combine",
+        metavar="|".join(COMBINES),
+        help="Let each passage's gradient answer by itself and give the likeliest answer, or add the gradients up; "
+        "auto is likeliest where the prior weighs passages by their scores.",
+        autocompletion=lambda: list(COMBINES),
     ),
 ]
 Gamma = Annotated[

@@ -92,6 +92,11 @@ class Prior:
         return replace(self, log_step_sizes=logs, card=self.card | {NORMALIZED: True})
 
     @property
+    def weighs_by_score(self) -> bool:
+        """Whether a passage weighs the more the better it fits the question."""
+        return bool(self.card["weights"] == "softmax")
+
+    @property
     def codec(self) -> str | None:
         """The codec that it was learned through: under another one its gradients answer worse."""
         named = self.card.get("codec")
@@ -201,12 +206,11 @@ class Prior:
         scores  how well each passage fits the question, best first
         rule    "sum": 1 each; "mean": 1/k each; "softmax": exp(score / temperature), normalised to 1
         """
-        rule = self.card["weights"]
-        if rule == "softmax" and scores:
+        if self.weighs_by_score and scores:
             peak = max(scores)
             raw = [math.exp((score - peak) / float(self.card["temperature"])) for score in scores]
             return [value / sum(raw) for value in raw]
-        return [1.0 if rule == "sum" else 1.0 / max(1, len(scores))] * len(scores)
+        return [1.0 if self.card["weights"] == "sum" else 1.0 / max(1, len(scores))] * len(scores)
 
 
 def _refuse_odd_card(card: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from regrad_cli.learn.model import Model, last
 
 INSTRUCTION = "Answer the question in a few words."
 PADDED = {"cpu": 16}  # tokens
+BEGINNING = 4  # tokens by which it is told which of several answers is the likeliest
 COPIES, REPEATED = 3, 16  # of a block of tokens, and tokens in all, before an answer is taken to only repeat itself
 
 
@@ -40,10 +41,15 @@ def greedy(model: Model, prompt: Sequence[int], max_tokens: int) -> Generator[in
     they can be streamed and interrupted; what may turn out to be a repetition comes once it is known not to be.
     Between two tokens the caller's own gradient mode is in force.
     """
+    return (yield from answer_of(model, (token for (token,) in next_tokens(model, [prompt], max_tokens))))
+
+
+def answer_of(model: Model, tokens: Iterator[int]) -> Generator[int, None, int | None]:
+    """What of these tokens is the answer, as `greedy` yields and returns it."""
     ends = set(model.end_ids)
     ids: list[int] = []
     passed = 0
-    for (token,) in next_tokens(model, [prompt], max_tokens):
+    for token in tokens:
         if token in ends:
             yield from ids[passed:]
             return token
@@ -86,10 +92,36 @@ def padded_width(model: Model, tokens: int) -> int:
     return -(-tokens // quantum) * quantum
 
 
+class Beginnings:
+    """log p, in nats, of how each of B answers begins: of its first `BEGINNING` tokens, the ending one among them."""
+
+    def __init__(self, model: Model, rows: int) -> None:
+        self.log_probabilities = [0.0] * rows
+        self._ends = set(model.end_ids)
+        self._going = set(range(rows))
+        self._seen = 0
+
+    def add(self, logits: torch.Tensor, tokens: Sequence[int]) -> None:
+        """logits (≥ B, V) of the next tokens (B,); the softmax is taken in float32."""
+        if self._seen == BEGINNING:
+            return
+        self._seen += 1
+        logits = logits[: len(tokens)].float()
+        peaks = logits.max(dim=-1).values - logits.logsumexp(dim=-1)
+        for row, peak in enumerate(peaks.tolist()):
+            if row in self._going:
+                self.log_probabilities[row] += peak
+        self._going -= {row for row, token in enumerate(tokens) if token in self._ends}
+
+
 @torch.inference_mode()
-def next_tokens(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+def next_tokens(
+    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, beginnings: Beginnings | None = None
+) -> Iterator[list[int]]:
     """The most likely next token after each of B prompts and what followed it, (B,), `max_tokens` times; answers that
     have ended are not told from others.
+
+    beginnings  is told of every step
 
     Prompts are padded on the left to a multiple of `PADDED` tokens, also a prompt by itself, so that in a batch a row's
     padding is longer by a multiple of it: in bf16 on a CPU its attention then adds up in the same order and gives the
@@ -121,7 +153,10 @@ def next_tokens(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int)
                 "use a smaller --gamma",
             )
         step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
-        yield step[: len(prompts), 0].tolist()
+        tokens: list[int] = step[: len(prompts), 0].tolist()
+        if beginnings is not None:
+            beginnings.add(output.logits[:, -1], tokens)
+        yield tokens
         first, cache = cache is None, output.past_key_values
         if first and len(prompts) == 1 and _single_rows_differ(model) and _repeatable(cache):
             cache.batch_repeat_interleave(2)

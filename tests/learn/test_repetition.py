@@ -26,7 +26,9 @@ class Scripted:
         self.scripts = scripts
         self.asked = 0
 
-    def next_tokens(self, _model: Model, _prompts: object, max_tokens: int) -> Iterator[list[int]]:
+    def next_tokens(
+        self, _model: Model, _prompts: object, max_tokens: int, _beginnings: object = None
+    ) -> Iterator[list[int]]:
         for place in range(min(max_tokens, max(map(len, self.scripts)))):
             self.asked += 1
             yield [script[place] if place < len(script) else END for script in self.scripts]
