@@ -252,7 +252,10 @@ class Answerer:
             ways = (Candidate(tuple(prompt_ids(model, question, shown))),)
         else:
             ways = candidates(model, question, shown, adaptation.prior, lambda: adaptation, options.combine)
-        tokens, limit = max(len(way.prompt) for way in ways), model.positions
+        prompts = [way.prompt for way in ways]
+        if options.explain and ways[0].place is not None:  # then every passage is judged, also one that does not answer
+            prompts += [tuple(prompt_ids(model, question, (each,))) for each in shown]
+        tokens, limit = max(map(len, prompts)), model.positions
         if limit is not None and tokens + options.max_tokens > limit:
             raise UsageProblem(
                 f"the prompt takes {tokens} tokens and the answer up to {options.max_tokens}: more than {limit}",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regrad_cli.learn.prior import Prior
 
 LEAST_CHANCE = 0.1  # a passage that is less likely the right one does not answer by itself
+MOST = 16  # passages that answer by themselves: what one batch takes on a CPU
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -54,12 +55,18 @@ def ways(adaptation: Adaptation, combine: str) -> list[tuple[int | None, float]]
     combine  "sum": all at once; "likeliest": by themselves; "auto": the second, where the prior weighs passages by how
              well they fit
     """
-    if combine == COMBINE_SUM or (combine == COMBINE_AUTO and not adaptation.prior.weighs_by_score):
+    if adds_up(adaptation.prior, combine):
         return [(None, 1.0)]
     shares = adaptation.shares(max(adaptation.owners) + 1)
     chances = [share / sum(shares) for share in shares]
     least = min(LEAST_CHANCE, max(chances))
-    return [(place, chance) for place, chance in enumerate(chances) if chance >= least]
+    places = [place for place, chance in enumerate(chances) if chance >= least][:MOST]
+    return [(place, chances[place]) for place in places]
+
+
+def adds_up(prior: Prior, combine: str) -> bool:
+    """Whether all passages answer at once."""
+    return combine == COMBINE_SUM or (combine == COMBINE_AUTO and not prior.weighs_by_score)
 
 
 def candidates(
@@ -69,7 +76,7 @@ def candidates(
     prior: Prior,
     adapt: Callable[[], Adaptation],
     combine: str,
-    alter: Callable[[Adaptation], Adaptation] | None = None,
+    alter: Callable[[Adaptation, int | None], Adaptation] | None = None,
 ) -> tuple[Candidate, ...]:
     """The ways to answer a question by the gradients of the passages that it found, at least one.
 
@@ -77,20 +84,21 @@ def candidates(
              prompt has none
     prior    what is applied; adapt: the gradients, called again whenever their change is needed
     combine  as in `ways`
-    alter    what is made of the gradients that are applied
+    alter    what is made of the gradients that are applied, of the passage in this place or of all
     """
     from regrad_cli.learn.prompt import prompt_ids
 
     def change(place: int | None) -> Change:
         adaptation = adapt() if place is None else adapt().alone(place)
-        return (adaptation if alter is None else alter(adaptation.applied())).change()
+        return (adaptation if alter is None else alter(adaptation.applied(), place)).change()
 
     def seen(place: int | None) -> Sequence[str]:
         return shown if place is None else shown[place : place + 1]
 
+    found = [(None, 1.0)] if adds_up(prior, combine) else ways(adapt(), combine)
     return tuple(
         Candidate(tuple(prompt_ids(model, question, seen(place))), prior, partial(change, place), place, chance)
-        for place, chance in ways(adapt(), combine)
+        for place, chance in found
     )
 
 

@@ -23,7 +23,7 @@ from regrad_cli.fingerprints import Fingerprint, fingerprint
 from regrad_cli.models import ModelFolder, quiet_libraries, resolve_embedder, resolve_model
 from regrad_cli.priors import AUTO, chosen_codec, prior_for, refuse_baseline
 from regrad_cli.records import Notice, Progress, Skipped
-from regrad_cli.settings import COMBINE_AUTO, COMBINE_SUM
+from regrad_cli.settings import COMBINE_AUTO
 from regrad_cli.tasks import Task
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ class Bench:
             "k": None if options.bank is None else options.k or int(self.prior.card["k"]),
             "search": None if options.bank is None else options.search,
             "min_score": None if options.bank is None else options.min_score,
-            "combine": COMBINE_SUM if options.bank is None else options.combine,
+            "combine": None if options.bank is None else options.combine,
             "max_tokens": options.max_tokens,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

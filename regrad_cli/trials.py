@@ -39,7 +39,7 @@ class Way:
     lora    what the model answers with: θ, or a fine-tuned baseline's; None for the untouched model
     source  whose passages' gradients change `lora` for a question; None where none do. A question for which there are
             none is answered by the untouched model, as `ask` does
-    alter   what is made of that adaptation before it is applied
+    alter   what is made of that adaptation before it is applied: of the passage in a place, or of all
     run     for mode random: which of its seeds
     """
 
@@ -47,18 +47,19 @@ class Way:
     shows: bool = False
     lora: Prior | None = None
     source: Callable[[Asked], Evidence] | None = None
-    alter: Callable[[Adaptation, Evidence], Adaptation] | None = None
+    alter: Callable[[Evidence, Adaptation, int | None], Adaptation] | None = None
     run: int | None = None
 
 
-def noise(codec: Codec | None, seed: int, run: int) -> Callable[[Adaptation, Evidence], Adaptation]:
-    """Replaces gradients by noise that is as strong, the same for the same evidence."""
+def noise(codec: Codec | None, seed: int, run: int) -> Callable[[Evidence, Adaptation, int | None], Adaptation]:
+    """Replaces gradients by noise that is as strong, the same for the same evidence and passage."""
     from regrad_cli.learn.controls import Noise
 
     drawn = Noise(codec, seed=int.from_bytes(hashlib.sha256(f"{seed} {run}".encode()).digest()[:7], "big"))
 
-    def alter(adaptation: Adaptation, evidence: Evidence) -> Adaptation:
-        digest = hashlib.sha256(f"{seed} {run} {evidence.name}".encode("utf-8", "surrogatepass")).digest()
+    def alter(evidence: Evidence, adaptation: Adaptation, place: int | None) -> Adaptation:
+        whose = evidence.name if place is None else f"{place} {evidence.name}"
+        digest = hashlib.sha256(f"{seed} {run} {whose}".encode("utf-8", "surrogatepass")).digest()
         own = int.from_bytes(digest[:7], "big")
         return replace(adaptation, gradients=Dense(drawn.like(adaptation.gradients.dense(), seed=own)))
 
@@ -68,7 +69,7 @@ def noise(codec: Codec | None, seed: int, run: int) -> Callable[[Adaptation, Evi
 def answers(
     model: Model, asked: Sequence[Asked], evidence: Mapping[int, Evidence], way: Way, max_tokens: int
 ) -> Iterator[Scored]:
-    """Every question answered in this way, each scored; shortest prompts first."""
+    """Every question answered in this way, each scored, in the order in which answers are known."""
 
     ways = [_candidates(model, one, evidence, way) for one in asked]
     for place, given in answered(model, ways, max_tokens):
@@ -106,14 +107,8 @@ def _candidates(model: Model, one: Asked, evidence: Mapping[int, Evidence], way:
         lora = way.lora if source is None else None
         return (Candidate(tuple(prompt_ids(model, question, shown)), lora),)
 
-    alter = None if way.alter is None else partial(_altered, way.alter, source)
+    alter = None if way.alter is None else partial(way.alter, source)
     return candidates(model, question, shown, way.lora, partial(source.adapt, question), source.combine, alter)
-
-
-def _altered(
-    alter: Callable[[Adaptation, Evidence], Adaptation], source: Evidence, adaptation: Adaptation
-) -> Adaptation:
-    return alter(adaptation, source)
 
 
 def summary(results: Sequence[Scored], *, seed: int, retrieval: dict[str, float] | None = None) -> Scores:

@@ -16,9 +16,10 @@ from use_cases import ask
 
 from regrad_cli.adaptation import Adaptation, Dense
 from regrad_cli.answer import Answerer, AskOptions
-from regrad_cli.candidates import LEAST_CHANCE, ways
+from regrad_cli.candidates import LEAST_CHANCE, MOST, ways
 from regrad_cli.errors import UsageProblem
 from regrad_cli.evaluate import EvaluateOptions, evaluate
+from regrad_cli.evidence import Evidence
 from regrad_cli.export import export
 from regrad_cli.learn import generate
 from regrad_cli.learn.adapt import adapted
@@ -27,6 +28,7 @@ from regrad_cli.learn.likelihood import answer_log_probability
 from regrad_cli.learn.prompt import BEGINNING, Beginnings, greedy, prompt_ids
 from regrad_cli.records import Answer, Piece
 from regrad_cli.results import Scored
+from regrad_cli.trials import noise
 
 QUESTIONS = (
     "Who lights the lamp in Velmora?", "Which ferry crosses to Skerry?", "Who repaired the bell?",
@@ -172,6 +174,27 @@ def test_what_each_passages_gradient_does_by_itself_is_explained(bank: Path, mod
                 assert told.base_model == pytest.approx(answer_log_probability(model, prompt, ended), abs=1e-3)
 
 
+def test_a_passage_too_long_to_be_explained_refuses_the_question(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from regrad_cli.learn.model import Model
+
+    options = AskOptions(mode="both", max_tokens=8, k=4)
+    with Answerer(bank, modes={"both"}, device="cpu", dtype="fp32") as answerer:
+        model = returned(answerer.load())
+        shorter = []
+        for question in QUESTIONS:
+            found = returned(answerer.retrieve(question, options))
+            asked = answerer.prepared(model, question, options, found)
+            fits = max(len(way.prompt) for way in asked.candidates)
+            if fits < max(len(prompt_ids(model, question, (text,))) for text in asked.shown):
+                shorter.append((question, found, fits))
+        assert shorter, "the longest passage always answers by itself, so this test shows nothing"
+        for question, found, fits in shorter:
+            monkeypatch.setattr(Model, "positions", fits + options.max_tokens)
+            answerer.prepared(model, question, options, found)
+            with pytest.raises(UsageProblem, match="tokens"):
+                answerer.prepared(model, question, replace(options, explain=True), found)
+
+
 # ── which of them may ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -192,8 +215,46 @@ def of(*shares: float, by_score: bool = True) -> Adaptation:
 def test_unlikely_passages_do_not_answer_unless_all_are() -> None:
     assert ways(of(0.7, 0.25, 0.05), "likeliest") == [(0, pytest.approx(0.7)), (1, pytest.approx(0.25))]
     assert ways(of(0.95, 0.05), "auto") == [(0, pytest.approx(0.95))]
-    assert [place for place, _ in ways(of(*[0.05] * 20), "likeliest")] == list(range(20))
+    assert [place for place, _ in ways(of(*[0.05] * 12), "likeliest")] == list(range(12))
     assert ways(of(1.0, 1.0, 1.0, by_score=False), "likeliest") == [(place, pytest.approx(1 / 3)) for place in range(3)]
+
+
+def test_no_more_answer_by_themselves_than_one_batch_takes() -> None:
+    assert [place for place, _ in ways(of(*[1.0] * 40, by_score=False), "likeliest")] == list(range(MOST))
+
+
+def test_noise_is_of_its_own_for_each_passage() -> None:
+    drawn = noise(None, 3, 0)
+    evidence = Evidence("e", (), (), None)
+    given = replace(of(0.6, 0.4), gradients=Dense({"t": torch.ones(4, 3, 5)}))
+    found = [drawn(evidence, given.alone(place).applied(), place).gradients.dense()["t"] for place in (0, 1, 0)]
+    assert found[0].shape == found[1].shape == (2, 3, 5)
+    assert torch.equal(found[0], found[2])
+    cosine = (found[0] * found[1]).sum() / (found[0].norm() * found[1].norm())
+    assert abs(cosine) < 0.6, "two passages get the same noise"
+
+
+def test_an_evaluation_with_controls_gives_each_its_own_passages_and_the_same_choice(
+    bank: Path, tmp_path: Path
+) -> None:
+    """Noise and other tasks' passages are chosen from by the same rule, one row a passage that may be the right one."""
+    rows: list[int] = []
+    tasks = tmp_path / "tasks.jsonl"
+    lines = [
+        f'{{"id": "{place}", "title": "{place}", "passages": ["{about}"], '
+        f'"questions": [{{"question": "{question}", "answers": ["noon"]}}]}}\n'
+        for place, (about, question) in enumerate(zip(("The tide turns.", "Oda Brenk."), QUESTIONS[3:5], strict=True))
+    ]
+    tasks.write_text("".join(lines))
+    real = generate.greedy_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "greedy_batch", lambda *given: rows.append(len(given[1])) or real(*given))
+        options = EvaluateOptions(
+            tasks=(tasks,), modes=("regrad", "random"), bank=bank, max_tokens=4, device="cpu", dtype="fp32"
+        )
+        scored = [event for event in evaluate(options) if isinstance(event, Scored)]
+    assert len(scored) == 2 + 2 * 5
+    assert rows[0] > 2 and rows == [rows[0]] * 6
 
 
 def test_a_prior_that_does_not_weigh_by_scores_adds_gradients_up() -> None:
@@ -268,6 +329,7 @@ def test_what_comes_after_an_answers_end_or_its_beginning_does_not_count(monkeyp
 def test_of_equal_answers_the_first_is_given() -> None:
     assert likeliest([0.5, 0.5], [-1.0, -1.0]) == 0
     assert likeliest([0.0, 1.0], [-1.0, -5.0]) == 1
+    assert likeliest([0.9, 0.1], [math.nan, -5.0]) == 1
 
 
 def test_an_answer_that_is_left_in_the_middle_leaves_the_model_as_it_was(bank: Path) -> None:

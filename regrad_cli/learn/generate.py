@@ -108,7 +108,7 @@ class Race:
 def likeliest(chances: Sequence[float], beginnings: Sequence[float]) -> int:
     """The place of the answer that is likeliest: log chance + log p of how it begins; the first of equal ones."""
     scores = [math.log(max(chance, 1e-9)) + each for chance, each in zip(chances, beginnings, strict=True)]
-    return scores.index(max(scores))
+    return max(range(len(scores)), key=lambda place: -math.inf if math.isnan(scores[place]) else scores[place])
 
 
 @contextmanager

@@ -126,74 +126,43 @@ def next_tokens(
     Prompts are padded on the left to a multiple of `PADDED` tokens, also a prompt by itself, so that in a batch a row's
     padding is longer by a multiple of it: in bf16 on a CPU its attention then adds up in the same order and gives the
     same bits (measured 2026-11, AVX512-BF16, up to 512 tokens; other paddings change up to 4 % of its values).
-
-    A prompt that all rows have is read once, up to the first layer whose weights differ from row to row: the branch
-    there (`adapted_rows`) makes as many rows of it.
     """
     width = padded_width(model, max(map(len, prompts)))
-    alike = all(prompt == prompts[0] for prompt in prompts)
-    logits, cache, mask = _read(model, prompts[:1] if alike else prompts, width)
-    repeatable = _repeatable(cache)
-    if alike and not repeatable and len(prompts) > 1:
-        logits, cache, mask = _read(model, prompts, width)
-    rows = 2 if len(prompts) == 1 and repeatable and _single_rows_differ(model) else len(prompts)
-    if repeatable:
-        _fill(cache, rows)
-    logits, mask = logits.expand(rows, -1), mask.expand(rows, -1)
-    positions = mask.sum(dim=1, keepdim=True)
-    for left in reversed(range(max_tokens)):
-        step = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+    step = torch.zeros((len(prompts), width), dtype=torch.long)  # (B, L)
+    mask = torch.zeros_like(step)
+    for row, prompt in enumerate(prompts):
+        step[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    step, mask = step.to(model.device), mask.to(model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
+    cache = None
+    for _ in range(max_tokens):
+        placed = {"position_ids": positions} if takes_positions else {}
+        output = model.network(
+            input_ids=step,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last(step),
+            **placed,
+        )
+        if cache is None and bool(output.logits[:, -1].isnan().any()):
+            raise NonFinite(
+                "the model answers with what is no number: with the gradients, its weights are too large",
+                "use a smaller --gamma",
+            )
+        step = output.logits[:, -1:].argmax(dim=-1)  # (B, 1)
         tokens: list[int] = step[: len(prompts), 0].tolist()
         if beginnings is not None:
-            beginnings.add(logits, tokens)
+            beginnings.add(output.logits[:, -1], tokens)
         yield tokens
-        if left:
-            mask = torch.cat([mask, mask.new_ones((rows, 1))], dim=1)
-            logits, cache = _forward(model, step, mask, positions, cache)
-            positions = positions + 1
-
-
-def _read(model: Model, prompts: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """The logits after each prompt, what later tokens see of them, and the mask (B, width).
-
-    raises  NonFinite
-    """
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    logits, cache = _forward(model, ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), None)
-    if bool(logits.isnan().any()):
-        raise NonFinite(
-            "the model answers with what is no number: with the gradients, its weights are too large",
-            "use a smaller --gamma",
-        )
-    return logits, cache, mask
-
-
-def _forward(
-    model: Model, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any
-) -> tuple[torch.Tensor, Any]:
-    """The logits (B, V) after these tokens, and the cache with them."""
-    takes_positions = "position_ids" in inspect.signature(model.network.forward).parameters
-    output = model.network(
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=last(ids),
-        **({"position_ids": positions} if takes_positions else {}),
-    )
-    return output.logits[:, -1], output.past_key_values
-
-
-def _fill(cache: Any, rows: int) -> None:
-    """Makes as many rows of what one was read for."""
-    for layer in getattr(cache, "layers", ()):
-        if rows > 1 and len(layer.keys) == 1:
-            layer.batch_repeat_interleave(rows)
+        first, cache = cache is None, output.past_key_values
+        if first and len(prompts) == 1 and _single_rows_differ(model) and _repeatable(cache):
+            cache.batch_repeat_interleave(2)
+            step, mask, positions = (each.repeat(2, 1) for each in (step, mask, positions))
+        mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
+        positions = positions[:, -1:] + 1
 
 
 def _single_rows_differ(model: Model) -> bool:
@@ -201,8 +170,9 @@ def _single_rows_differ(model: Model) -> bool:
 
 
 def _repeatable(cache: Any) -> bool:
-    """Whether all of a model's layers keep what can be had twice; recurrent ones do not."""
-    return all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None]))
+    """Whether all of a model's layers keep what can be had twice; recurrent ones do not, nor those that are both."""
+    layers = getattr(cache, "layers", [None])
+    return all(hasattr(each, "batch_repeat_interleave") and not hasattr(each, "recurrent_states") for each in layers)
 
 
 class Kept:

@@ -17,10 +17,9 @@ from regrad_cli.learn.codec import Codec, parse_codec
 from regrad_cli.learn.controls import DRAWN, Noise, weights_hash
 from regrad_cli.learn.generate import adapted_rows, batches, greedy_batch
 from regrad_cli.learn.likelihood import answer_log_probability
-from regrad_cli.learn.model import Model, decoder_layers
+from regrad_cli.learn.model import Model
 from regrad_cli.learn.prior import Prior
-from regrad_cli.learn.prompt import Beginnings, greedy
-from regrad_cli.learn.steps import of_uppermost
+from regrad_cli.learn.prompt import greedy
 
 LENGTHS = (3, 17, 9, 31, 30)
 
@@ -198,44 +197,25 @@ def test_in_bf16_a_prompt_by_itself_goes_on_in_two_rows_and_answers_the_same(
     assert set(rows) == {len(prompts)}
 
 
+@pytest.mark.parametrize("also_recurrent", [False, True])
 def test_what_cannot_be_kept_twice_goes_on_in_one_row(
-    family: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
+    family: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch, also_recurrent: bool
 ) -> None:
     model = family("llama")
     (prompt,) = random_passages(model, (9,))
     expected = list(greedy(model, prompt, 5))
     monkeypatch.setattr(prompt_module, "_single_rows_differ", lambda _: True)
-    monkeypatch.delattr(DynamicLayer, "batch_repeat_interleave")
-    assert list(greedy(model, prompt, 5)) == expected
-
-
-@pytest.mark.parametrize("read_once", [True, False])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_prompt_that_all_rows_have_is_read_once_below_where_they_differ(
-    family: Callable[[str], Model], name: str, read_once: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = family(name)
-    prior = of_uppermost(model, noisy_prior(model), 1)
-    (prompt,) = random_passages(model, (19,))
-    changes = [{each: change[each] for each in prior.log_step_sizes} for change in changes_of(prior, 3, 2.0)]
-    expected, begun = [], []
-    for change in changes:
-        alone = Beginnings(model, 1)
-        with adapted(model, prior, change):
-            expected += greedy_batch(model, [prompt], 8, alone)
-        begun += alone.log_probabilities
-    assert len({round(each, 3) for each in begun}) == 3, "the changes do nothing, so this test shows nothing"
-    if not read_once:
-        monkeypatch.setattr(prompt_module, "_repeatable", lambda _: False)
+    if also_recurrent:  # what it keeps beside keys and values is not repeated with them
+        monkeypatch.setattr(DynamicLayer, "recurrent_states", {}, raising=False)
+    else:
+        monkeypatch.delattr(DynamicLayer, "batch_repeat_interleave")
     rows: list[int] = []
-    layer = decoder_layers(model.network)[1][0]
-    handle = layer.register_forward_hook(lambda *given: rows.append(len(given[1][0])))
-    with adapted_rows(model, prior, changes):
-        together = Beginnings(model, 3)
-        assert greedy_batch(model, [prompt] * 3, 8, together) == expected
+    handle = model.network.register_forward_pre_hook(
+        lambda _module, _inputs, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    assert list(greedy(model, prompt, 5)) == expected
     handle.remove()
-    assert together.log_probabilities == pytest.approx(begun, abs=1e-4)
-    assert rows[0] == 1 and set(rows[1:]) == {3}, "the prompt itself, and then its answers"
+    assert set(rows) == {1}
 
 
 def test_prompts_that_attention_adds_up_in_parts_are_only_with_those_of_their_width(
