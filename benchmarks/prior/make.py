@@ -178,9 +178,9 @@ def reading_legs(data: Path, work: Path, fifth: MetaTrainOptions) -> tuple[MetaT
 
 
 def last_legs(data: Path, work: Path, seventh: MetaTrainOptions) -> tuple[MetaTrainOptions, ...]:
-    """Three legs from one start (docs/experiments.md, 17): two of the seventh's kind, the second of them on tasks with
-    sentences left out, and one of normalized gradients through one bit. What is wanted is the mean of all and the
-    start."""
+    """Five legs from one start (docs/experiments.md, 17 and 19): two of the seventh's kind, the second of them on tasks
+    with sentences left out, and three of normalized gradients through one bit, the second of those on such tasks. What
+    is wanted is the mean of all and the start."""
     eighth = replace(
         seventh, **anew(data, work / "eighth", 83, copies=4, invented=500), init=work / "seventh-mean.safetensors",
         steps=440, validate_every=110,
@@ -191,7 +191,11 @@ def last_legs(data: Path, work: Path, seventh: MetaTrainOptions) -> tuple[MetaTr
         seventh, **anew(data, work / "tenth", 101, copies=4, invented=500), init=work / "normalized.safetensors",
         steps=500, validate_every=125, learning_rate=5e-4, codec="r4-int1", segment_temperature=SHARED_BY,
     )  # fmt: skip
-    return eighth, ninth, tenth
+    shorter = {"steps": 440, "validate_every": 110, "learning_rate": 4e-4}
+    eleventh = replace(tenth, **anew(data, work / "eleventh", 107, copies=4, invented=500), **shorter)
+    eleventh = replace(eleventh, tasks=(*left_out(data, work / "eleventh", 107), eleventh.tasks[-1]))
+    twelfth = replace(tenth, **anew(data, work / "twelfth", 109, copies=4, invented=500), **shorter)
+    return eighth, ninth, tenth, eleventh, twelfth
 
 
 def left_out(data: Path, folder: Path, seed: int) -> tuple[Path, ...]:
@@ -234,7 +238,8 @@ def make_prior(data: Path, work: Path) -> None:
     between = mean(begun, learned(sixth.out))
     seventh.init.write_bytes(between.rounded().to_bytes())
     list(learn(seventh))
-    eighth, ninth, tenth = last_legs(data, work, seventh)
+    legs = last_legs(data, work, seventh)
+    eighth, _, tenth, *_ = legs
     assert eighth.init is not None and tenth.init is not None
     start = mean(learned(seventh.out), between).rounded()
     eighth.init.write_bytes(start.to_bytes())
@@ -242,9 +247,9 @@ def make_prior(data: Path, work: Path) -> None:
     start = begun_normalized(start, some, work)
     start = replace(start, card=start.card | {"codec": tenth.codec, "segment_temperature": SHARED_BY})
     tenth.init.write_bytes(start.to_bytes())
-    for leg in (eighth, ninth, tenth):
+    for leg in legs:
         list(learn(leg))
-    prior = mean_of_all(learned(tenth.out), start, learned(eighth.out), learned(ninth.out))
+    prior = mean_of_all(learned(tenth.out), start, *(learned(leg.out) for leg in legs if leg is not tenth))
     prior = replace(prior, card=prior.card | {"losses": validated(prior, tenth)}).rounded()
     (ROOT / "regrad_cli" / "data" / f"prior-{prior.card['model'][:16]}.safetensors").write_bytes(prior.to_bytes())
 
