@@ -464,7 +464,7 @@ def test_ask_uses_the_rule_for_weights_of_training(
     file.write_bytes(learned)
     bank = use_cases.make_bank(tmp_path / "bank", tiny_model_folder, tiny_embedder_folder, prior=file)
     use_cases.ingest(bank, use_cases.write(tmp_path / "docs", {"a.md": use_cases.story("Tarn", 4)}))
-    answer = use_cases.ask(bank, "Who keeps the lamp of Tarn?")
+    answer = use_cases.ask(bank, "Who keeps the lamp of Tarn?", combine="sum")
     assert answer.prior == "prior" and len(answer.passages) == 2
     expected = Prior.from_bytes(learned).weights_for([used.score for used in answer.passages])
     assert [used.weight for used in answer.passages] == pytest.approx(expected)
