@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_segmented_bank import cut_prior, fill
-from use_cases import ask
+from use_cases import ask, returned
 
 from regrad_cli.adaptation import Adaptation, Dense
 from regrad_cli.answer import Answerer, AskOptions
@@ -42,14 +42,6 @@ def bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny
     root = tmp_path_factory.mktemp("bank")
     prior = cut_prior(root / "prior.safetensors", tiny_model_folder, k=3)  # weighs by scores, softly
     return fill(root, tiny_model_folder, tiny_embedder_folder, prior)
-
-
-def returned(steps: Any) -> Any:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
 
 
 def by_hand(

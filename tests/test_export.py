@@ -16,7 +16,7 @@ from faketerminal import HOSTILE_NAME, HOSTILE_TEXT, OBEYED, call, terminal
 from learn.conftest import family_config
 from story_bank import story_bank
 from test_answer import QUESTION
-from use_cases import ask, ingest, story, write
+from use_cases import ask, ingest, returned, story, write
 
 from regrad_cli import export as use_case
 from regrad_cli.answer import AskOptions
@@ -249,15 +249,6 @@ def test_the_tensors_are_the_prior_and_its_change_in_fp32_or_as_asked(made: Path
         written = f"base_model.model.{name}.weight"
         assert torch.equal(whole[written], tensor + change[name])
         assert torch.equal(half[written], whole[written].bfloat16())
-
-
-def returned(generator: Any) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            return stop.value
 
 
 def test_no_weight_of_the_language_model_is_loaded(made: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,15 @@ def ask(bank: Path | None, question: str, mode: str = "regrad", **options: Any) 
         return answered(answerer, question, mode, **options)
 
 
+def returned(generator: Any) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as stop:
+            return stop.value
+
+
 def story(name: str, parts: int = 3, about: str = "the lamp is lit at dusk") -> str:
     """A Markdown text of `parts` sections, each a passage of its own in a bank of `make_bank`."""
     sections = [
