@@ -36,6 +36,8 @@ QUESTIONS = (
     "What happened after the great storm?", "Who is Oda Brenk?", "What is lit at dusk?",
 )  # fmt: skip
 
+MORE = (*QUESTIONS, *(f"{question} {place}" for question in QUESTIONS for place in ("Velmora", "Skerry", "Brannoch")))
+
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_embedder_folder: Path) -> Path:
@@ -68,8 +70,10 @@ def by_hand(
 
 @pytest.mark.parametrize("mode", ["regrad", "both"])
 def test_each_passage_answers_by_itself_and_the_likeliest_answer_is_given(bank: Path, mode: str) -> None:
-    winners = []
-    for question in QUESTIONS:
+    winners: list[int] = []
+    for question in MORE:  # until another than the first passage has answered: texts and weights are random
+        if len(winners) >= 4 and len(set(winners)) > 1:
+            break
         texts, scores, prompts = by_hand(bank, question, mode)
         best = scores.index(max(scores))
         answer = ask(bank, question, mode)
@@ -108,8 +112,10 @@ def test_an_evaluation_answers_as_ask_does(bank: Path, tmp_path: Path, combine: 
 
 
 def test_an_adapter_is_of_the_passage_that_answers(bank: Path, tmp_path: Path) -> None:
-    winners = set()
-    for number, question in enumerate(QUESTIONS):
+    winners: set[int] = set()
+    for number, question in enumerate(MORE):
+        if number >= 4 and len(winners) > 1:
+            break
         (exported,) = (
             each
             for each in export(bank, question, tmp_path / str(number), AskOptions(), device="cpu", dtype="fp32")
@@ -172,19 +178,15 @@ def test_a_passage_too_long_to_be_explained_refuses_the_question(bank: Path, mon
     options = AskOptions(mode="both", max_tokens=8, k=4)
     with Answerer(bank, modes={"both"}, device="cpu", dtype="fp32") as answerer:
         model = returned(answerer.load())
-        shorter = []
-        for question in QUESTIONS:
-            found = returned(answerer.retrieve(question, options))
-            asked = answerer.prepared(model, question, options, found)
-            fits = max(len(way.prompt) for way in asked.candidates)
-            if fits < max(len(prompt_ids(model, question, (text,))) for text in asked.shown):
-                shorter.append((question, found, fits))
-        assert shorter, "the longest passage always answers by itself, so this test shows nothing"
-        for question, found, fits in shorter:
-            monkeypatch.setattr(Model, "positions", fits + options.max_tokens)
-            answerer.prepared(model, question, options, found)
-            with pytest.raises(UsageProblem, match="tokens"):
-                answerer.prepared(model, question, replace(options, explain=True), found)
+        found = returned(answerer.retrieve(QUESTIONS[0], options))
+        lengths = [len(prompt_ids(model, QUESTIONS[0], (hit.passage.training_text,))) for hit in found.hits]
+        shortest = lengths.index(min(lengths))
+        monkeypatch.setattr("regrad_cli.candidates.ways", lambda *_: [(shortest, 1.0)])
+        monkeypatch.setattr(Model, "positions", lengths[shortest] + options.max_tokens)
+        (only,) = answerer.prepared(model, QUESTIONS[0], options, found).candidates
+        assert len(only.prompt) == lengths[shortest] < max(lengths)
+        with pytest.raises(UsageProblem, match="tokens"):
+            answerer.prepared(model, QUESTIONS[0], replace(options, explain=True), found)
 
 
 # ── which of them may ────────────────────────────────────────────────────────────────────────────────────────────────
