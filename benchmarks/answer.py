@@ -42,8 +42,14 @@ def run(place: Bench, options: Options) -> Result:
     from regrad_cli.learn.model import Model
 
     questions = place.questions[: (options.questions or 20) + WARM_UP]
-    endless = patch.object(Model, "end_ids", property(lambda self: []))  # no answer ends before its last token
-    with endless, Answerer(place.example_bank, modes=set(MODES), device=options.device, dtype="auto") as answerer:
+    # No answer ends before its last token, also where it only repeats itself.
+    endless = patch.object(Model, "end_ids", property(lambda self: []))
+    repeating = patch("regrad_cli.learn.prompt.said_once", lambda ids: None)
+    with (
+        endless,
+        repeating,
+        Answerer(place.example_bank, modes=set(MODES), device=options.device, dtype="auto") as answerer,
+    ):
         load_s = _answers(answerer, questions[:WARM_UP], MODES, 3, TOKENS)["regrad"][0].seconds["load"]
         asked = questions[WARM_UP:]
         figures = [
