@@ -105,8 +105,10 @@ class Adaptation:
             for place in range(k)
         )
 
-    def alone(self, place: int) -> Adaptation:
-        """By the gradients of one of the passages, which get all the weight."""
+    def alone(self, place: int | None) -> Adaptation:
+        """By the gradients of one of the passages, which get all the weight; None for all of them, as they are."""
+        if place is None:
+            return self
         share = self.shares(place + 1)[place]
         part = sum(self.weights) / share if share > 0 else 0.0
         own = (

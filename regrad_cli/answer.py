@@ -73,9 +73,7 @@ class Prepared:
 
     def adaptation_of(self, candidate: Candidate) -> Adaptation | None:
         """By the gradients that this candidate applies."""
-        if self.adaptation is None or candidate.place is None:
-            return self.adaptation
-        return self.adaptation.alone(candidate.place)
+        return None if self.adaptation is None else self.adaptation.alone(candidate.place)
 
 
 class Answerer:

@@ -89,7 +89,7 @@ def candidates(
     from regrad_cli.learn.prompt import prompt_ids
 
     def change(place: int | None) -> Change:
-        adaptation = adapt() if place is None else adapt().alone(place)
+        adaptation = adapt().alone(place)
         return (adaptation if alter is None else alter(adaptation.applied(), place)).change()
 
     def seen(place: int | None) -> Sequence[str]:

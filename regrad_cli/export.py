@@ -121,7 +121,7 @@ def _answering(
         asked = answerer.prepared(model, question, options, found)
         ((_, given),) = answered(model, [asked.candidates], BEGINNING)
         place = given.candidate.place
-    return adaptation if place is None else adaptation.alone(place)
+    return adaptation.alone(place)
 
 
 def base_model_name(name: str, folder: Path) -> str:
