@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from learn.conftest import FAMILIES, filled_prior, random_passages
+from threadpoolctl import ThreadpoolController
 
 from regrad_cli.errors import Damaged, ModelUnavailable, PriorMismatch, UsageProblem
 from regrad_cli.learn.adapt import adapted, combine
 from regrad_cli.learn.gradients import passage_gradients
-from regrad_cli.learn.model import Model, choose_device, choose_dtype, load_model
+from regrad_cli.learn.model import NUMPY_BLAS, Model, choose_device, choose_dtype, load_model
 from regrad_cli.learn.prior import Prior, seeded_prior
 from regrad_cli.learn.prompt import greedy, pieces, prompt_ids
 from regrad_cli.learn.steps import with_found_step_size
@@ -267,6 +268,17 @@ def test_a_device_that_is_not_there_is_an_error_never_the_cpu() -> None:
     with pytest.raises(UsageProblem):
         choose_dtype("fp12", torch.device("cpu"))
     assert choose_device("cpu").type == "cpu"
+
+
+def test_beside_a_loaded_model_numpys_products_keep_to_one_thread(tiny_model_folder: Path) -> None:
+    def numpys() -> ThreadpoolController:
+        return ThreadpoolController().select(prefix=NUMPY_BLAS)
+
+    with numpys().limit(limits=2):
+        if not numpys().info():
+            pytest.skip("this numpy has another BLAS")
+        load_model(tiny_model_folder, device="cpu", dtype="fp32")
+        assert {library["num_threads"] for library in numpys().info()} == {1}
 
 
 def test_a_folder_that_holds_no_model_is_unavailable(tmp_path: Path) -> None:
