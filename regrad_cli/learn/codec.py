@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from regrad_cli.errors import UsageProblem
 from regrad_cli.learn import packing
 from regrad_cli.learn.adapt import Tensors
+from regrad_cli.learn.norms import held
 from regrad_cli.learn.packing import Factors, Group, Integers, Signs
 from regrad_cli.records import CodecSettings, TensorShape
 
@@ -99,14 +100,13 @@ class Codec:
         """
         both = zip(group.places, parts, strict=True)
         wide = [part.transpose(1, 2) if self._turned(place) else part for place, part in both]  # (n, small, long)
-        grams, peaks = [], []
-        for plain, part in zip(parts, wide, strict=True):
-            least, most = plain.flatten(1).amin(dim=1), plain.flatten(1).amax(dim=1)
-            peaks.append(torch.maximum(-least, most))
-            peak = peaks[-1][:, None, None]
-            even = part / torch.where(peak > 0, peak, 1.0)  # so that no square leaves float32's range
-            grams.append(even @ even.transpose(-1, -2))
-        gram = torch.stack(grams, dim=1).double()  # (n, T, small, small)
+        sizes = torch.stack([torch.linalg.vector_norm(part, dim=(1, 2)) for part in parts], dim=1)  # (n, T)
+        scale, even = torch.ones_like(sizes), wide
+        if not bool(held(sizes).all()):  # then by its largest value, so that no square leaves float32's range
+            peaks = torch.stack([part.flatten(1).abs().amax(dim=1) for part in parts], dim=1)
+            scale = torch.where(held(sizes) | (peaks == 0), 1.0, peaks)
+            even = [part / scale[:, place, None, None] for place, part in enumerate(wide)]
+        gram = torch.stack([part @ part.transpose(-1, -2) for part in even], dim=1).double()  # (n, T, small, small)
         # On the CPU everywhere: a batch of tiny problems, and the same routine for every device.
         u = (
             torch.linalg.eigh(gram.cpu())[1][..., -group.pairs :].flip(-1).to(gram.device)
@@ -116,7 +116,7 @@ class Codec:
         if self.settings.bits > 1:
             u = (u * 127).round() / 127  # what will be read back; v then makes up for the rounding
         v = torch.stack([u[:, place] @ part for place, part in enumerate(wide)], dim=1)
-        norms = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt() * torch.stack(peaks, dim=1)  # (n, T)
+        norms = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt() * scale  # (n, T)
         return Factors(u, v / u.square().sum(dim=-1, keepdim=True), norms)
 
     # ── decoding ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,16 +23,18 @@ from torch import nn
 from regrad_cli.errors import UsageProblem
 from regrad_cli.learn.adapt import Tensors, hooked
 from regrad_cli.learn.model import Model, Projection, attention_for_gradients
+from regrad_cli.learn.norms import all_held, normalize_, norms_of
 from regrad_cli.learn.prior import Prior
 
 T = TypeVar("T")
 IGNORED = -100
-LENGTH_STEP = 16
+LENGTH_STEP = 8
 # Tokens in one pass. On a CPU, activations that stay in its caches beat larger matrix products.
 TOKEN_BUDGET = {"cpu": 384, "cuda": 16384, "mps": 4096}
 MAX_ROWS = 64  # passages in one pass: more are seldom of one length in a commit, and empty rows cost as much as full
 MAX_WORKERS = 8  # passes at a time: each holds its activations and gradients
 LOGITS = 256 * 49_152  # values that exist at a time: 256 tokens' of the starter
+SOFTENED = {"cpu": 16 * 49_152}  # of these, how many become probabilities at a time: what a CPU's caches hold
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class PassageGradients:
 
 
 def bucket_length(tokens: int) -> int:
-    """The padded length of a passage: a multiple of 16, so that only a few shapes exist."""
+    """The padded length of a passage: a multiple of 8, so that only a few shapes exist."""
     return -(-max(tokens, 2) // LENGTH_STEP) * LENGTH_STEP
 
 
@@ -145,7 +147,7 @@ class _Passes:
         self.scale = prior.scale
         self.placed = {name: tensor.to(model.device, model.dtype) for name, tensor in prior.tensors.items()}
         self.sought = tuple(prior.log_step_sizes)
-        self.taken = normalized if prior.normalized else lambda tensor: tensor
+        self.normalized = prior.normalized
         self.local = threading.local()
 
     def tap_of(self, projection: Projection) -> Callable[..., torch.Tensor]:
@@ -182,22 +184,18 @@ class _Passes:
             losses.sum().backward()
 
         count = len(positions)
-        tensors = {name: self.taken(found[name].float())[:count] for name in self.sought}
+        tensors = {name: found[name].float()[:count] for name in self.sought}
+        norms = norms_of(tensors)
         finite = torch.isfinite(losses[:count])
-        for tensor in tensors.values():
-            finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
+        if not all_held(norms):  # otherwise all is finite
+            for tensor in tensors.values():
+                finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
+        if self.normalized:
+            normalize_(tensors, norms)
         if not bool(finite.all()):
             for tensor in tensors.values():
                 tensor[~finite] = 0
         return PassageGradients(positions, tensors, losses[:count].detach(), finite)
-
-
-def normalized(tensor: torch.Tensor) -> torch.Tensor:
-    """Each of n matrices (n, rows, cols) over its norm, differentiable; zeros stay zeros."""
-    peaks = tensor.detach().abs().amax(dim=(1, 2), keepdim=True)  # so that no square leaves the type's range
-    even = tensor / torch.where(peaks > 0, peaks, 1.0)
-    norms = even.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    return even / torch.where(norms > 0, norms, 1.0)
 
 
 class _Tap(torch.autograd.Function):
@@ -269,15 +267,10 @@ class _HeadLoss(torch.autograd.Function):
         chunk = max(16, LOGITS // weight.shape[0])  # tokens
         for start in range(0, flat.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = (flat[part] @ weight.T).float()  # (chunk, V)
-            wanted = targets[part].clamp(min=0)[:, None]
-            peak = logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, wanted) - peak
-            total = logits.sub_(peak).exp_().sum(dim=1, keepdim=True)  # logits are now the unscaled softmax
-            each[part] = (total.log() - chosen)[:, 0]
-            # d(share · loss)/d logits = share · (softmax − one-hot); the one-hot part is a row of the matrix
-            soft = (logits.mul_(share[part, None] / total)).to(weight.dtype)
-            gradient[part] = soft @ weight - share[part, None].to(weight.dtype) * weight[wanted[:, 0]]
+            logits = flat[part] @ weight.T  # (chunk, V)
+            each[part] = _softened(logits, targets[part], share[part])
+            wanted = targets[part].clamp(min=0)
+            gradient[part] = logits @ weight - share[part, None].to(weight.dtype) * weight[wanted]
         ctx.save_for_backward(gradient.view_as(hidden))
         return (each * share).view_as(labels).sum(dim=1)
 
@@ -285,3 +278,19 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *deltas: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * deltas[0][:, None, None].to(gradient), None, None
+
+
+def _softened(logits: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each token (T,) float32, from logits (T, V), which become share (T,) · softmax in place: with a
+    one-hot row taken off that, d(share · loss) / d logits."""
+    each = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    some = max(1, SOFTENED.get(logits.device.type, logits.numel()) // logits.shape[1])  # tokens
+    for start in range(0, len(logits), some):
+        part = slice(start, start + some)
+        values = logits[part].float()
+        peak = values.amax(dim=1, keepdim=True)
+        chosen = values.gather(1, targets[part].clamp(min=0)[:, None]) - peak
+        total = values.sub_(peak).exp_().sum(dim=1, keepdim=True)
+        each[part] = (total.log() - chosen)[:, 0]
+        logits[part] = values.mul_(share[part, None] / total)
+    return each

@@ -22,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from regrad_cli.learn.forked import SHARED, TEXTS, Row, in_common, layout
-from regrad_cli.learn.gradients import IGNORED, normalized
+from regrad_cli.learn.gradients import IGNORED
 from regrad_cli.learn.model import Model
+from regrad_cli.learn.norms import normalized
 from regrad_cli.learn.upper import Rows, UpperHalf
 
 Tensors = dict[str, torch.Tensor]
