@@ -347,8 +347,12 @@ def test_growth_is_an_exponent_and_what_should_not_grow_is_marked():
     assert len(lines) == 2 * (len(rows.STEPS) + 2) + 3
     for step, seconds, memory in zip(rows.STEPS, lines[2:], lines[-len(rows.STEPS) :], strict=False):
         assert seconds.split("|")[1].strip() == memory.split("|")[1].strip() == step.name
+        assert seconds.endswith("as it may |" if step.seconds == "linear" else "**grows** |"), seconds
+        assert memory.endswith("as it may |" if step.memory in ("embeddings", "graph") else "**grows** |"), memory
+    short = [column(1_000, 1e-3, 10**7), column(10_000, 1e-3 + 9_000 * 30e-9, 10**7)]
+    for step, seconds in zip(rows.STEPS, rows.growth(short).splitlines()[2:], strict=False):
         assert seconds.endswith("**grows** |" if step.seconds == "constant" else "as it may |"), seconds
-        assert memory.endswith("as it may |" if step.memory == "embeddings" else "**grows** |"), memory
+        assert ("rows^0.10, 30 ns a row" in seconds) == (step.seconds in rows.NANOSECONDS), seconds
     one = rows.growth([column(1_000, 1.0, 10**7)])
     assert "grows** |" not in one and "as it may" not in one
 

@@ -164,6 +164,7 @@ class ShardReader:
     def __init__(self, store: Store, entry: ShardEntry, settings: BankSettings) -> None:
         self.store, self.entry, self.settings = store, entry, settings
         self._places: dict[str, TensorPlace] | None = None
+        self._documents: npt.NDArray[np.uint64] | None = None
         self._line_digests: tuple[npt.NDArray[np.int64], list[bytes]] | None = (
             None  # where lines end, what they hash to
         )
@@ -210,8 +211,11 @@ class ShardReader:
         return self.block("embeddings")
 
     def documents(self) -> npt.NDArray[np.uint64]:
-        """(rows,) document ids as numbers, in the order of their hex digits."""
-        return self.block("documents").view(">u8").reshape(-1).astype(np.uint64)
+        """(rows,) document ids as numbers, in the order of their hex digits. Kept: who looks for a document's rows asks
+        twice."""
+        if self._documents is None:
+            self._documents = self.block("documents").view(">u8").reshape(-1).astype(np.uint64)
+        return self._documents
 
     def live_documents(self) -> npt.NDArray[np.uint64]:
         """Those of the rows that are not removed, in their order."""

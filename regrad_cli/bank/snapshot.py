@@ -156,7 +156,7 @@ class Snapshot:
     ) -> Iterator[tuple[RowRef, Passage, bytes]]:
         from regrad_cli.bank.shards import parse_line
 
-        reader = self._reader(position)
+        reader = self.reader(position)
         try:
             wanted = reader.live()
             if not wanted.any():
@@ -187,7 +187,7 @@ class Snapshot:
         import numpy as np
 
         for position in range(len(self.manifest.shards)):
-            reader = self._reader(position)
+            reader = self.reader(position)
             live = np.flatnonzero(reader.live())
             if len(live):
                 yield position, live, reader.documents()[live], reader.block("keys")[live]
@@ -203,7 +203,7 @@ class Snapshot:
         for ref in refs:
             wanted.setdefault(ref.shard, []).append(ref.row)
         for position, rows in sorted(wanted.items()):
-            reader = self._reader(position)
+            reader = self.reader(position)
             found: list[tuple[RowRef, Passage]] = []
             try:
                 for row, line in zip(rows, reader.chosen_lines(rows, warm=warm), strict=True):
@@ -248,7 +248,7 @@ class Snapshot:
         for position, shard in enumerate(self.manifest.shards):
             if not any(shard.first <= end and start <= shard.last for start, end in meant):
                 continue
-            numbers = self._reader(position).live_documents()
+            numbers = self.reader(position).live_documents()
             for start, end in meant:
                 fits = (numbers >= np.uint64(int(start, 16))) & (numbers <= np.uint64(int(end, 16)))
                 found.update(numbers[fits].tolist())
@@ -266,7 +266,7 @@ class Snapshot:
         of the newest shards, for a slip of the pen is not to take seconds."""
         for position in range(len(self.manifest.shards))[-SEARCHED_SHARDS:]:
             with suppress(DamagedFile, ValueError):
-                if record := self._reader(position).record_of(name):
+                if record := self.reader(position).record_of(name):
                     way_out = "records are documents of their own: name those; `regrad bank ls` lists ids and sources"
                     return UsageProblem(f"there is no document {name!r} in the bank, but {record!r} is one", way_out)
         way_out = "`regrad bank ls` lists ids and sources"
@@ -278,7 +278,7 @@ class Snapshot:
 
     def row(self, ref: RowRef) -> Row:
         """One row as bytes, proved by its checksum; reads that row only. raises DamagedRow naming its document"""
-        return self._reader(ref.shard).row(ref.row)
+        return self.reader(ref.shard).row(ref.row)
 
     def read_rows(self, refs: Sequence[RowRef]) -> Rows:
         """These rows as arrays, in this order, each proved by its checksum. raises DamagedFile naming the document"""
@@ -338,7 +338,7 @@ class Snapshot:
 
         scored = []
         for candidate in candidates:
-            reader = self._reader(candidate.ref.shard)
+            reader = self.reader(candidate.ref.shard)
             try:
                 embedding = reader.unproved_embeddings([candidate.ref.row])[0]
             except DamagedFile as error:
@@ -376,9 +376,10 @@ class Snapshot:
     def _nearest(self) -> Nearest:
         from regrad_cli.bank.nearest import Nearest
 
-        return Nearest(self.store, self.manifest, self._reader)
+        return Nearest(self.store, self.manifest, self.reader)
 
-    def _reader(self, position: int) -> ShardReader:
+    def reader(self, position: int) -> ShardReader:
+        """Of the shard in this place of the manifest; kept, and with it what it has read of the shard's layout."""
         reader = self._readers.get(position)
         if reader is None:
             from regrad_cli.bank.shards import ShardReader

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,9 +23,10 @@ import numpy.typing as npt
 from regrad_cli.bank import cleanup, files, index, layout
 from regrad_cli.bank.building import build_shard
 from regrad_cli.bank.commit import link_manifest, sync_shards, write_shard
+from regrad_cli.bank.counting import Counting
 from regrad_cli.bank.create import TOOL, now
 from regrad_cli.bank.locks import hold_lock
-from regrad_cli.bank.manifest import SHARD_ROWS, Counts, Manifest, ShardEntry, spans
+from regrad_cli.bank.manifest import SHARD_ROWS, Manifest, ShardEntry, spans
 from regrad_cli.bank.merging import files_of, merge, tail
 from regrad_cli.bank.opening import check_format, newest_manifest
 from regrad_cli.bank.shards import ShardReader
@@ -63,16 +63,16 @@ class Writer:
 
     snapshot: Snapshot
 
-    def __init__(self, path: Path, wait_s: float) -> None:
+    def __init__(self, path: Path, wait_s: float, *, once: bool = False) -> None:
+        """`once`: it will commit once, so that less of a large bank has to be read."""
         self.path = path
-        self._wait_s = wait_s
+        self._wait_s, self._once = wait_s, once
         self._run = secrets.token_hex(8)
         self._stack = ExitStack()
         self._own: list[Manifest] = []  # of the snapshots this writer committed; the older ones are dropped again
         self._broken = False
         self._merging = True  # small shards, until one cannot be
-        self._held: npt.NDArray[np.uint64] | None = None
-        self._changes: Counter[int] = Counter()  # of the live rows of documents, since `_held` was read
+        self._counting = Counting()
         self._forget_staged()
 
     def __enter__(self) -> Writer:
@@ -171,26 +171,23 @@ class Writer:
         if not self._passages and tuple(shards) == before.shards:
             self._forget_staged()
             return before.number
-        held = self._held_documents()  # read before anything is written: a damaged bank is noticed here
+        # Read before anything is written: a damaged bank is noticed here.
+        self._counting.prepare(self.snapshot, self._staged_documents() if self._once else None)
         with files.storage("write to the bank"):
             self._write_shards(shards)
-        changed: Counter[int] = Counter()
-        tokens = before.counts.tokens
-        for position, shard in enumerate(shards):
-            old = before.shards[position] if position < len(before.shards) else None
-            if shard != old:
-                tokens += self._count(shard, 1, changed) - self._count(old, -1, changed)
-        counts = Counts(
-            documents=before.counts.documents + self._documents_more(held, changed),
-            passages=sum(shard.live for shard in shards),
-            tokens=tokens,
-            dead=sum(shard.dead for shard in shards),
-        )
+        counts = self._counting.counts(self.snapshot, shards)
         merged = self._merged(shards, before.settings, self._found, len(before.shards))
         number = self._publish(replace(before, operation=operation, shards=merged, counts=counts))
-        self._changes.update(changed)
+        self._counting.committed()
         self._forget_staged()
         return number
+
+    def _staged_documents(self) -> set[str]:
+        """Those of the rows that are to come or to go."""
+        found = {passage.document for passage in self._passages}
+        for place, rows in self._removals.items():
+            found |= {f"{number:016x}" for number in self.snapshot.reader(place).documents()[sorted(rows)].tolist()}
+        return found
 
     def _without(self, position: int, shard: ShardEntry) -> ShardEntry:
         """The shard's entry with its staged removals as ranges."""
@@ -258,35 +255,6 @@ class Writer:
             raise StorageFailed(
                 "the last commit could not be confirmed, so this writer stops", "run the same command again"
             )
-
-    # ── counting ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _held_documents(self) -> npt.NDArray[np.uint64]:
-        """Whose every live row was when the first change came: documents' ids as numbers, ascending; read once."""
-        if self._held is None:
-            parts = [np.zeros(0, np.uint64)]
-            for shard in self.snapshot.manifest.shards:
-                parts.append(ShardReader(Folder(self.path), shard, self.snapshot.settings).live_documents())
-            self._held = np.sort(np.concatenate(parts))
-        return self._held
-
-    def _documents_more(self, held: npt.NDArray[np.uint64], changed: Counter[int]) -> int:
-        """How many documents more have a live row, once so many rows of each came (or, below 0, went)."""
-        numbers = np.fromiter(changed, np.uint64, len(changed))
-        rows = np.searchsorted(held, numbers, "right") - np.searchsorted(held, numbers, "left")
-        before = [had + self._changes[number] for had, number in zip(rows.tolist(), changed, strict=True)]
-        return sum((had + more > 0) - (had > 0) for had, more in zip(before, changed.values(), strict=True))
-
-    def _count(self, shard: ShardEntry | None, sign: int, documents: Counter[int]) -> int:
-        """Adds a shard's live rows to `documents`, `sign` times, and returns their tokens."""
-        if shard is None or not shard.live:
-            return 0
-        reader = ShardReader(Folder(self.path), shard, self.snapshot.settings)
-        live = reader.live()
-        numbers, rows = np.unique(reader.documents()[live], return_counts=True)
-        for number, count in zip(numbers.tolist(), rows.tolist(), strict=True):
-            documents[number] += sign * count
-        return int(reader.block("tokens")[live].sum(dtype=np.int64))
 
     # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -374,7 +342,7 @@ def remove_documents(path: Path, names: Sequence[str], *, wait_s: float = 0.0) -
     returns  {"documents": [{"id", "source", "title", "passages"}], "passages", "snapshot"}
     raises   UsageProblem if a name fits none or several: then nothing is removed
     """
-    with Writer(path, wait_s) as writer:
+    with Writer(path, wait_s, once=True) as writer:
         removed = []
         for document in dict.fromkeys(writer.snapshot.find_document(name) for name in names):
             rows = list(writer.snapshot.passages(document))

@@ -123,9 +123,9 @@ def test_promise_03_a_flipped_bit_in_a_row_is_noticed_when_it_is_read(whole: Pat
     with open_bank(whole) as snapshot:
         shard = snapshot.manifest.shards[0]
         snapshot.row(RowRef(0, 1))
-        places = snapshot._reader(0)._places
+        places = snapshot.reader(0)._places
         assert places is not None
-        ends = snapshot._reader(0).block("line_ends").tolist()
+        ends = snapshot.reader(0).block("line_ends").tolist()
     spans = [
         (shard.name, place.start + place.row_bytes, place.row_bytes)
         for name, place in places.items()
@@ -276,7 +276,7 @@ def test_a_damaged_hit_names_its_document_and_source(whole: Path, tmp_path: Path
     bank = copy_of(whole, tmp_path / "b")
     with open_bank(bank) as snapshot:
         snapshot.row(RowRef(0, 1))
-        places = snapshot._reader(0)._places
+        places = snapshot.reader(0)._places
         name = snapshot.manifest.shards[0].name
     assert places is not None
     data = bytearray((bank / name).read_bytes())

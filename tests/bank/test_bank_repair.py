@@ -101,7 +101,7 @@ def place_of(bank: Path, document: str, tensor: str) -> tuple[Path, int, int]:
     with open_bank(bank) as snapshot:
         (ref, *_) = [ref for ref, _, _ in snapshot.passages(document)]
         snapshot.row(ref)
-        reader = snapshot._reader(ref.shard)
+        reader = snapshot.reader(ref.shard)
         assert reader._places is not None
         place = reader._places[tensor]
         return bank / reader.entry.name, place.start, place.row_bytes

@@ -17,7 +17,8 @@ from made_banks import PRIOR, all_refs, content, make_bank, rows, settings, tree
 
 from regrad_cli.bank import create_bank, locate_bank, log, open_bank, remove_documents, verify, write_bank
 from regrad_cli.bank.locks import hold_lock
-from regrad_cli.bank.shards import parse_line, passage_line
+from regrad_cli.bank.manifest import Counts
+from regrad_cli.bank.shards import ShardReader, parse_line, passage_line
 from regrad_cli.errors import NoBank, NonFinite, StorageFailed, UsageProblem
 from regrad_cli.records import Passage, RowRef, document_id
 
@@ -51,6 +52,31 @@ def test_the_same_commits_give_the_same_shards_and_docs(tmp_path: Path) -> None:
     one = make_bank(tmp_path / "one", [("a.md", 5)], [("b.md", 2)])
     two = make_bank(tmp_path / "two", [("a.md", 5)], [("b.md", 2)])
     assert written(one) == written(two)
+
+
+def test_a_removal_counts_right_and_looks_only_where_its_documents_may_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = make_bank(tmp_path / "b", [("a.md", 5)], [("b.md", 4)], [("c.md", 2)])
+    with open_bank(bank) as snapshot:
+        a, b, c = snapshot.manifest.shards
+    read: set[str] = set()
+    block = ShardReader.block
+
+    def noted(self: ShardReader, tensor: str) -> object:
+        if tensor == "documents":
+            read.add(self.entry.sha256)
+        return block(self, tensor)
+
+    monkeypatch.setattr(ShardReader, "block", noted)
+    remove_documents(bank, ["b.md"])
+    assert read == {b.sha256}
+    read.clear()
+    remove_documents(bank, ["a.md", "c.md"])
+    assert read == {a.sha256, c.sha256}
+    with open_bank(bank) as snapshot:
+        assert snapshot.manifest.counts == Counts(dead=11)
+    assert list(verify(bank)) == []
 
 
 def test_arrays_are_read_in_the_order_asked_for(tmp_path: Path) -> None:

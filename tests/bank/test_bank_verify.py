@@ -67,7 +67,7 @@ def damaged_rows(bank: Path, count: int) -> None:
     with open_bank(bank) as snapshot:
         for number in random.Random(1).sample(range(1, DOCUMENTS), count):
             ref, _, _ = next(iter(snapshot.passages(document_id(f"{number}.md"))))
-            reader = snapshot._reader(ref.shard)
+            reader = snapshot.reader(ref.shard)
             reader.row(ref.row)
             assert reader._places is not None
             place = reader._places["codes"]
@@ -133,7 +133,7 @@ def test_any_sample_sees_what_is_missing_or_has_another_size_and_every_manifest_
 def test_a_sample_of_blocks_sees_a_damaged_block(bank: Path) -> None:
     """Tokens are in no row's checksum."""
     with open_bank(bank) as snapshot:
-        reader = snapshot._reader(0)
+        reader = snapshot.reader(0)
         reader.row(0)
         assert reader._places is not None
         flip(bank / reader.entry.name, reader._places["tokens"].start)
