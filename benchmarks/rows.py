@@ -26,7 +26,7 @@ ROWS = (10_240, 102_400, 1_024_000)
 PASSAGES_A_SECOND = 4.92  # that ingest computes on a CPU, by its own section: what a commit's time is held against
 STATS_ROUNDS = 5
 EXPONENTS = {"constant": 0.1, "linear": 1.1}  # up to which something counts as growing so, between the largest sizes
-NANOSECONDS = {"manifest": 40, "ids": 150}  # of CPU for each row more: what reads a list that grows with the bank
+NANOSECONDS = {"manifest": 40, "ids": 100}  # of CPU for each row more: what reads a list that grows with the bank
 MEMORY = {"constant": 64, "ids": 160, "embeddings": 1100, "graph": 2000}  # bytes a row, a manifest's shards included
 
 

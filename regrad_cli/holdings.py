@@ -16,7 +16,7 @@ Place = tuple[int, int, bytes]  # a row's ordinal and offset in its document, an
 
 
 class Holdings:
-    """Of one snapshot, which must stay: its live rows in two orders, some 70 bytes each.
+    """Of one snapshot, which must stay: its live rows in two orders, some 80 bytes each.
 
     raises  DamagedFile where identities are damaged; `of_document` where a text is
     """

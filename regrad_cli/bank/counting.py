@@ -46,14 +46,19 @@ class Counting:
                 self._all = self._held
 
     def counts(self, before: Snapshot, shards: Sequence[ShardEntry]) -> Counts:
-        """Those of a bank whose shards are these, the first of them in the places of those before."""
+        """Those of a bank whose shards are these, the first of them in the places of those before.
+
+        raises  DamagedFile
+        """
         old = before.manifest
         self._changed = Counter()
         tokens = old.counts.tokens
         for place, shard in enumerate(shards):
-            replaced = old.shards[place] if place < len(old.shards) else None
-            if shard != replaced:
-                tokens += self._count(before, shard, 1) - self._count(before, replaced, -1)
+            if place >= len(old.shards):
+                tokens += self._count(ShardReader(before.store, shard, before.settings), 1)
+            elif shard != old.shards[place]:
+                changed = ShardReader(before.store, shard, before.settings)
+                tokens += self._count(changed, 1) - self._count(before.reader(place), -1)
         return Counts(
             documents=old.counts.documents + self._documents_more(),
             passages=sum(shard.live for shard in shards),
@@ -65,11 +70,10 @@ class Counting:
         """What was counted last is part of the bank now."""
         self._since.update(self._changed)
 
-    def _count(self, bank: Snapshot, shard: ShardEntry | None, sign: int) -> int:
+    def _count(self, reader: ShardReader, sign: int) -> int:
         """Notes a shard's live rows as changed, `sign` times, and returns their tokens."""
-        if shard is None or not shard.live:
+        if not reader.entry.live:
             return 0
-        reader = ShardReader(bank.store, shard, bank.settings)
         numbers, rows = np.unique(reader.live_documents(), return_counts=True)
         for number, count in zip(numbers.tolist(), rows.tolist(), strict=True):
             self._changed[number] += sign * count

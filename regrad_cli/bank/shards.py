@@ -215,6 +215,7 @@ class ShardReader:
         twice."""
         if self._documents is None:
             self._documents = self.block("documents").view(">u8").reshape(-1).astype(np.uint64)
+            self._documents.setflags(write=False)
         return self._documents
 
     def live_documents(self) -> npt.NDArray[np.uint64]:

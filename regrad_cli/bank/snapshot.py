@@ -379,7 +379,8 @@ class Snapshot:
         return Nearest(self.store, self.manifest, self.reader)
 
     def reader(self, position: int) -> ShardReader:
-        """Of the shard in this place of the manifest; kept, and with it what it has read of the shard's layout."""
+        """Of the shard in this place of the manifest; kept, with the shard's layout and its documents' ids once read.
+        raises IndexError where there is no such place"""
         reader = self._readers.get(position)
         if reader is None:
             from regrad_cli.bank.shards import ShardReader

@@ -171,7 +171,7 @@ class Writer:
         if not self._passages and tuple(shards) == before.shards:
             self._forget_staged()
             return before.number
-        # Read before anything is written: a damaged bank is noticed here.
+        # Read before anything is written: a bank that is damaged there is noticed here.
         self._counting.prepare(self.snapshot, self._staged_documents() if self._once else None)
         with files.storage("write to the bank"):
             self._write_shards(shards)

@@ -184,14 +184,16 @@ class _Passes:
             losses.sum().backward()
 
         count = len(positions)
-        tensors = {name: found[name].float()[:count] for name in self.sought}
-        norms = norms_of(tensors)
+        whole = {name: found[name].float() for name in self.sought}
+        norms = norms_of(whole)  # of empty rows too: how a norm is added up must not depend on how many are full
         finite = torch.isfinite(losses[:count])
-        if not all_held(norms):  # otherwise all is finite
-            for tensor in tensors.values():
-                finite &= torch.isfinite(tensor).flatten(1).all(dim=1)
+        in_range = all_held({name: norm[:count] for name, norm in norms.items()})
+        if not in_range:  # otherwise all is finite
+            for tensor in whole.values():
+                finite &= torch.isfinite(tensor[:count]).flatten(1).all(dim=1)
         if self.normalized:
-            normalize_(tensors, norms)
+            normalize_(whole, norms, careful=not in_range)
+        tensors = {name: tensor[:count] for name, tensor in whole.items()}
         if not bool(finite.all()):
             for tensor in tensors.values():
                 tensor[~finite] = 0
@@ -281,8 +283,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _softened(logits: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token (T,) float32, from logits (T, V), which become share (T,) · softmax in place: with a
-    one-hot row taken off that, d(share · loss) / d logits."""
+    """Cross-entropy of each token (T,) float32, from logits (T, V), which become share (T,) · softmax in place: less
+    share · one-hot that is d(share · loss) / d logits."""
     each = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     some = max(1, SOFTENED.get(logits.device.type, logits.numel()) // logits.shape[1])  # tokens
     for start in range(0, len(logits), some):

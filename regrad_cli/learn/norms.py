@@ -1,4 +1,4 @@
-"""Norms of gradients, whatever the size of their values: float32 holds no square of 1e20. Knows arrays alone."""
+"""Norms of gradients, and whether they are right: float32 holds no square of 1e20. Knows arrays alone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def held(norms: torch.Tensor) -> torch.Tensor:
 
 
 def all_held(norms: Mapping[str, torch.Tensor]) -> bool:
+    """Of all tensors' norms, (n,) each, in one look at the device."""
     return bool(held(torch.stack(list(norms.values()))).all())
 
 
@@ -31,11 +32,13 @@ def normalized(tensor: torch.Tensor) -> torch.Tensor:
     return even / torch.where(norms > 0, norms, 1.0)
 
 
-def normalize_(tensors: dict[str, torch.Tensor], norms: Mapping[str, torch.Tensor]) -> None:
-    """`normalized` of every tensor, in place of it, from its norms: in a third of the time where these are `held`."""
-    exact = all_held(norms)
+def normalize_(tensors: Mapping[str, torch.Tensor], norms: Mapping[str, torch.Tensor], *, careful: bool) -> None:
+    """`normalized` of every tensor (n, rows, cols), in its place, from its norms (n,): a third of the time.
+
+    careful  some norms may not be `held`; those rows are normalized the long way. Otherwise they come to NaN
+    """
     for name, tensor in tensors.items():
-        careful = None if exact else normalized(tensor)
+        long_way = normalized(tensor) if careful else None
         tensor /= norms[name][:, None, None]
-        if careful is not None:
-            torch.where(held(norms[name])[:, None, None], tensor, careful, out=tensor)
+        if long_way is not None:
+            torch.where(held(norms[name])[:, None, None], tensor, long_way, out=tensor)

@@ -57,9 +57,15 @@ def test_the_same_commits_give_the_same_shards_and_docs(tmp_path: Path) -> None:
 def test_a_removal_counts_right_and_looks_only_where_its_documents_may_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bank = make_bank(tmp_path / "b", [("a.md", 5)], [("b.md", 4)], [("c.md", 2)])
+    bank = make_bank(tmp_path / "b", [("a.md", 5)], [("b.md", 4)], [("c.md", 2)], [("a.md", 6), ("c.md", 3)])
     with open_bank(bank) as snapshot:
-        a, b, c = snapshot.manifest.shards
+        shards = snapshot.manifest.shards
+        assert len(shards) == 4 and snapshot.manifest.counts.documents == 3
+
+    def may_hold(*names: str) -> set[str]:
+        ids = [document_id(name) for name in names]
+        return {shard.sha256 for shard in shards if any(shard.first <= each <= shard.last for each in ids)}
+
     read: set[str] = set()
     block = ShardReader.block
 
@@ -70,12 +76,18 @@ def test_a_removal_counts_right_and_looks_only_where_its_documents_may_lie(
 
     monkeypatch.setattr(ShardReader, "block", noted)
     remove_documents(bank, ["b.md"])
-    assert read == {b.sha256}
-    read.clear()
-    remove_documents(bank, ["a.md", "c.md"])
-    assert read == {a.sha256, c.sha256}
+    assert read == may_hold("b.md") != may_hold("a.md", "b.md", "c.md")
     with open_bank(bank) as snapshot:
-        assert snapshot.manifest.counts == Counts(dead=11)
+        assert snapshot.manifest.counts.documents == 2
+    read.clear()
+    remove_documents(bank, ["a.md"])
+    assert read == may_hold("a.md")
+    with open_bank(bank) as snapshot:
+        counts = snapshot.manifest.counts
+    assert (counts.documents, counts.passages, counts.dead) == (1, 5, 15) and list(verify(bank)) == []
+    remove_documents(bank, ["c.md"])
+    with open_bank(bank) as snapshot:
+        assert snapshot.manifest.counts == Counts(dead=20)
     assert list(verify(bank)) == []
 
 

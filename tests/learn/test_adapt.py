@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,8 +276,9 @@ def test_beside_a_loaded_model_numpys_products_keep_to_one_thread(tiny_model_fol
         return ThreadpoolController().select(prefix=NUMPY_BLAS)
 
     with numpys().limit(limits=2):
-        if not numpys().info():
+        if not numpys().info() and sys.platform != "linux":
             pytest.skip("this numpy has another BLAS")
+        assert numpys().info()
         load_model(tiny_model_folder, device="cpu", dtype="fp32")
         assert {library["num_threads"] for library in numpys().info()} == {1}
 

@@ -123,6 +123,10 @@ def test_any_magnitude_comes_back_and_zeros_stay_zeros(name: str, power: float, 
 
 def test_a_row_is_the_same_bits_alone_and_in_company() -> None:
     tensors = gradients(5)
+    for tensor in tensors.values():  # beside rows whose squares float32 does not hold, and one of zeros
+        tensor[1] *= 1e-25
+        tensor[2] *= 1e22
+        tensor[3] = 0
     for name in ("r1-int1", "r3-int1", "r1-int2", "r1-int4", "r3-int8", "int2", "int4", "int8"):
         codec = Codec(parse_codec(name), SHAPES)
         codes, scales = codec.encode(tensors)

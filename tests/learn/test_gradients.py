@@ -75,8 +75,9 @@ def test_a_model_without_decoder_layers_is_refused() -> None:
 @pytest.mark.parametrize("card", [{}, {"normalized": True}], ids=["as they are", "normalized"])
 def test_a_gradient_is_the_same_bits_in_any_company_and_place(model: Model, prior: Prior, card: dict) -> None:
     prior = replace(prior, card=prior.card | card)
-    rows = bucket_rows(64, "cpu")
-    mine, *others = random_passages(model, (50, *[40 + n for n in range(20)]))
+    length = subject.bucket_length(50)
+    rows = bucket_rows(length, "cpu")
+    mine, *others = random_passages(model, (50, *[length - n % 7 for n in range(rows - 1)]))
     alone = all_gradients(model, prior, [mine])[0]
     for place in range(rows):
         company = [*others[:place], mine, *others[place:]]

@@ -19,7 +19,7 @@ def matrices(sizes: tuple[float, ...]) -> torch.Tensor:
 def test_every_matrix_comes_to_norm_one_whatever_its_size_and_zeros_stay_zeros(sizes: tuple[float, ...]) -> None:
     tensors = {"t": matrices(sizes)}
     expected = normalized(tensors["t"])
-    normalize_(tensors, norms_of(tensors))
+    normalize_(tensors, norms_of(tensors), careful=not all_held(norms_of(tensors)))
     torch.testing.assert_close(tensors["t"], expected, rtol=2e-6, atol=0)
     lengths = torch.linalg.vector_norm(tensors["t"].double(), dim=(1, 2))
     torch.testing.assert_close(lengths, torch.tensor([1.0 if size else 0.0 for size in sizes]).double())
@@ -28,7 +28,7 @@ def test_every_matrix_comes_to_norm_one_whatever_its_size_and_zeros_stay_zeros(s
 def test_a_matrix_comes_to_the_same_bits_beside_one_that_is_out_of_range() -> None:
     both, alone = {"t": matrices((1.0, 1e25))}, {"t": matrices((1.0,))}
     for tensors in (both, alone):
-        normalize_(tensors, norms_of(tensors))
+        normalize_(tensors, norms_of(tensors), careful=tensors is both)
     assert torch.equal(both["t"][:1], alone["t"])
 
 
