@@ -27,10 +27,10 @@ from regrad_cli.errors import RegradError
 from regrad_cli.places import state_folder
 from regrad_cli.records import RowRef, canonical_json, sha256_hex
 
-# Below that exact search takes 8 ms in a warm session; a graph costs 0.7 ms a row to build (2 cores, 384 dimensions).
+# Below that exact search takes 8 ms in a warm session; a graph costs 0.3 to 0.5 ms of CPU a row to build (d = 384).
 INDEX_FROM_ROWS = 50_000  # REGRAD_INDEX_FROM overrides
 LINKS = 24
-BUILD_WIDTH = 160
+BUILD_WIDTH = 280  # with 160 some rows of a million cannot be reached, however wide a search looks
 SEARCH_WIDTH = 1024
 MOST_NEIGHBOURS = 1024
 EXTEND_SHARE = 0.1  # rows that are not covered yet, as a share of the live ones, before an ingest adds them
@@ -124,7 +124,8 @@ def _publish(bank: Path, manifest: Manifest, graph: Any, rows: int, dimension: i
         files.sync_file(temporary)
         with Folder(folder).open(temporary.name) as region:
             size_bytes, sha256 = region.length, region.sha256()
-        entry = IndexEntry(sha256, size_bytes, len(manifest.shards), rows, dimension, LINKS, BUILD_WIDTH)
+        built = graph.M, graph.ef_construction  # another version may have begun it
+        entry = IndexEntry(sha256, size_bytes, len(manifest.shards), rows, dimension, *built)
         record = _record_path(sha256)
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"coverage": _coverage(manifest, entry)}), encoding="utf-8")
