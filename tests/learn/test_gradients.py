@@ -16,6 +16,7 @@ from regrad_cli.learn import gradients as subject
 from regrad_cli.learn.adapt import adapted, hooked
 from regrad_cli.learn.gradients import bucket_rows, passage_gradients
 from regrad_cli.learn.model import Model, find_projections, load_model
+from regrad_cli.learn.norms import norms_of
 from regrad_cli.learn.prior import Prior, seeded_prior
 
 
@@ -176,6 +177,21 @@ def test_a_prior_of_another_model_is_refused(family: Callable[[str], Model], pri
         list(passage_gradients(family("gpt2"), prior, [[3, 4, 5]]))
     with pytest.raises(PriorMismatch), adapted(family("gpt2"), prior):
         pass
+
+
+def test_a_norm_is_added_up_over_all_rows_of_a_pass_also_over_empty_ones(
+    model: Model, prior: Prior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU adds up in an order that depends on how many norms there are."""
+    seen: set[int] = set()
+
+    def noted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.update(len(tensor) for tensor in tensors.values())
+        return norms_of(tensors)
+
+    monkeypatch.setattr(subject, "norms_of", noted)
+    all_gradients(model, prior, random_passages(model, (50,)))
+    assert seen == {bucket_rows(subject.bucket_length(50), "cpu")}
 
 
 @pytest.mark.starter
