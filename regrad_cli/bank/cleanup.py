@@ -24,6 +24,9 @@ from regrad_cli.errors import RegradError
 def clear_leftovers(bank: Path, newest: Manifest) -> None:
     """Empties tmp/, drops snapshots that are not meant to stay (a killed writer's intermediate ones, those older than
     `newest.oldest`), copies without their manifests, and files that no snapshot names."""
+    # Before tmp/, whose manifest tells such a copy from that of a snapshot that was lost (`lost_snapshot`).
+    for number in set(layout.snapshot_numbers(bank, "copy")).difference(layout.snapshot_numbers(bank)):
+        files.discard(bank / layout.copy_name(number))
     empty_folder(bank / "tmp")
     with suppress(OSError):
         for claim in (bank / "snapshots").glob("*.claim"):
@@ -36,8 +39,6 @@ def clear_leftovers(bank: Path, newest: Manifest) -> None:
         if older is None or older.run != newest.run:
             break
         _drop(bank, number)
-    for number in set(layout.snapshot_numbers(bank, "copy")).difference(layout.snapshot_numbers(bank)):
-        files.discard(bank / layout.copy_name(number))
     named = {name for name, _ in newest.files()}
     remove_unnamed(bank, [name for name in layout.content_files(bank) if name not in named])
 
