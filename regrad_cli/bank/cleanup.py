@@ -24,10 +24,7 @@ from regrad_cli.errors import RegradError
 def clear_leftovers(bank: Path, newest: Manifest) -> None:
     """Empties tmp/, drops snapshots that are not meant to stay (a killed writer's intermediate ones, those older than
     `newest.oldest`), copies without their manifests, and files that no snapshot names."""
-    # Before tmp/, whose manifest tells such a copy from that of a snapshot that was lost (`lost_snapshot`).
-    for number in set(layout.snapshot_numbers(bank, "copy")).difference(layout.snapshot_numbers(bank)):
-        files.discard(bank / layout.copy_name(number))
-    empty_folder(bank / "tmp")
+    _clear_unfinished_commit(bank)
     with suppress(OSError):
         for claim in (bank / "snapshots").glob("*.claim"):
             files.discard(claim)
@@ -41,6 +38,17 @@ def clear_leftovers(bank: Path, newest: Manifest) -> None:
         _drop(bank, number)
     named = {name for name, _ in newest.files()}
     remove_unnamed(bank, [name for name in layout.content_files(bank) if name not in named])
+
+
+def _clear_unfinished_commit(bank: Path) -> None:
+    """Drops copies without their manifests and, when those are gone for good, empties tmp/: what lies there tells such
+    a copy from that of a snapshot that was lost (`lost_snapshot` in opening.py)."""
+    unnamed = set(layout.snapshot_numbers(bank, "copy")).difference(layout.snapshot_numbers(bank))
+    if all(files.discard(bank / layout.copy_name(number)) for number in unnamed):
+        with suppress(OSError):
+            if unnamed:
+                files.sync_folder(bank / "snapshots")
+            empty_folder(bank / "tmp")
 
 
 def empty_folder(folder: Path) -> None:

@@ -45,6 +45,12 @@ def ingest(bank: Path, reported: Callable[[int], None] = lambda number: None) ->
         writer.finish()
 
 
+def clear(bank: Path) -> None:
+    """What every writer does first."""
+    with write_bank(bank):
+        pass
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bank(tmp_path_factory.mktemp("start") / "b", [("a.md", 2), ("z.md", 1)])
@@ -99,6 +105,45 @@ def test_promise_01_killed_at_every_step_of_rm(start: Path, tmp_path: Path) -> N
         if not step:
             break
     assert before in seen and seen[-1] == after
+
+
+def test_promise_01_killed_while_it_clears_what_another_left(start: Path, tmp_path: Path) -> None:
+    """Above all between the two files of a commit that never was: its copy, and what lies in tmp/."""
+    left = tmp_path / "left"
+    for at in range(1, 1000):
+        unfinished = copy_of(start, left / str(at))
+        if run_and_kill(lambda told, bank=unfinished: ingest(bank, told), at, True)[0] == "link":
+            break
+    names = set(tree(unfinished))
+    assert "snapshots/00000003.copy" in names and any(name.startswith("tmp/") for name in names)
+    before = content(start)
+    for at in range(1, 1000):
+        bank = copy_of(unfinished, tmp_path / str(at))
+        step, _ = run_and_kill(lambda told, bank=bank: clear(bank), at, True)
+        assert content(bank) == before, f"killed before call {at} ({step})"
+        assert [finding for finding in verify(bank) if not finding.note] == [], f"killed before call {at} ({step})"
+        if not step:
+            break
+    assert set(tree(bank)) == set(tree(start))
+
+
+def test_promise_06_a_leftover_copy_that_cannot_be_removed_keeps_what_tells_it(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = copy_of(start, tmp_path / "b")
+    for name in ("tmp/0123", "snapshots/00000003.copy"):
+        (bank / name).write_bytes(b"of a commit that never was")
+
+    def refuse(step: str, path: str) -> None:
+        if step == "unlink" and path.endswith(".copy"):
+            raise OSError(errno.EACCES, "not this one")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "SYSTEM", Watched(refuse))
+        clear(bank)
+    assert [finding for finding in verify(bank) if not finding.note] == []
+    clear(bank)
+    assert set(tree(bank)) == set(tree(start))
 
 
 def test_promise_01_killed_at_every_step_of_init(tmp_path: Path) -> None:
