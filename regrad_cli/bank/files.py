@@ -68,12 +68,13 @@ def storage_failed(what: str, error: OSError) -> StorageFailed:
     return StorageFailed(f"could not {what}: {error.strerror or error}{name}", hint)
 
 
-def write_temporary(folder: Path, parts: Iterable[Any]) -> Path:
+def write_temporary(folder: Path, parts: Iterable[Any], prefix: str = "") -> Path:
     """Writes buffers to a new file in `folder`, with the umask's mode, and syncs it; removed again if that fails.
 
+    prefix  what its name begins with; the rest is random
     raises  OSError
     """
-    path = folder / secrets.token_hex(16)
+    path = folder / f"{prefix}{secrets.token_hex(16)}"
     fd = SYSTEM.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:

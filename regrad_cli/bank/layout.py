@@ -22,6 +22,7 @@ LOCK_FILE = "lock"
 BANK_FOLDER = ".gbank"
 SUFFIXES = {"shards": ".safetensors", "docs": ".jsonl", "priors": ".safetensors", "index": ".hnsw"}
 FOLDERS = ("snapshots", *SUFFIXES, "tmp", "quarantine")
+PUT_BACK = "back-"  # how names in tmp/ begin of what a repair puts back: no sign of a commit that was killed
 
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}(\.[a-z]+)\Z")

@@ -124,7 +124,7 @@ def _refuse_lost_snapshot(path: Path) -> None:
 
 def lost_snapshot(path: Path) -> int | None:
     """The number of a newest manifest that is gone: its copy is there, and is not what a crash left of a commit that
-    never was (of that the manifest lies in tmp/ as well; see commit.py)."""
+    never was (of that the manifest lies in tmp/ as well, see commit.py; a repair's own files there are no sign)."""
     copies = layout.snapshot_numbers(path, "copy")
     if not copies or copies[-1] <= max(layout.snapshot_numbers(path), default=0):
         return None
@@ -132,6 +132,8 @@ def lost_snapshot(path: Path) -> int | None:
         copy = path / layout.copy_name(copies[-1])
         size = copy.stat().st_size if copy.is_file() else -1
         for entry in os.scandir(path / "tmp"):
+            if entry.name.startswith(layout.PUT_BACK):
+                continue
             same_size = entry.is_file(follow_symlinks=False) and entry.stat().st_size == size <= MANIFEST_LIMIT
             if same_size and Path(entry.path).read_bytes() == copy.read_bytes():
                 return None

@@ -197,7 +197,8 @@ class Repairer:
         """Every file whose content is known again; the manifests last, so that what they name is there before."""
         for name, data in self._known():
             self._note(name, quarantine.keep(self.path, name))
-            files.publish(files.write_temporary(self.path / "tmp", [data]), self.path / name)
+            temporary = files.write_temporary(self.path / "tmp", [data], layout.PUT_BACK)
+            files.publish(temporary, self.path / name)
             files.sync_folder((self.path / name).parent)
 
     def _known(self) -> Iterator[tuple[str, bytes]]:

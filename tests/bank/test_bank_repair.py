@@ -734,6 +734,23 @@ def test_promise_01_and_13_killed_at_every_step_a_repair_leaves_a_bank_that_is_n
     assert seen - {""} >= {"open", "write", "fsync", "fsync folder", "rename", "link", "unlink"}
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_promise_01_and_13_killed_while_it_puts_the_newest_snapshot_back_a_repair_can_be_done_again(
+    whole: Path, tmp_path: Path, links: bool
+) -> None:
+    """What it writes then has the bytes of the copy, as a commit has that was killed."""
+    before = content(whole)
+    for at in range(1, 1000):
+        bank = copy_of(whole, tmp_path / str(at))
+        max((bank / "snapshots").glob("*.json")).unlink()
+        step, _ = run_and_kill(lambda told, bank=bank: mend(bank), at, links)
+        mend(bank)
+        assert content(bank) == before and damage(bank) == [], f"killed before call {at} ({step})"
+        if not step:
+            return
+    raise AssertionError("the repair never ended")
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["disk full", "disk error"])
 def test_promise_07_and_13_an_error_at_every_step_of_a_repair_is_told_and_leaves_a_bank_that_is_no_worse(
     hurt_bank: Path, repaired: dict[str, tuple], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
