@@ -42,6 +42,7 @@ def test_bytes_of_a_file_name_that_are_not_utf8_are_named():
     assert visible_line("\udcff.md") == r"\xff.md"
 
 
+@example([float("nan"), float("-inf")])
 @example("\udcff.md")  # as Python carries a file's name that is not UTF-8
 @given(
     st.recursive(
