@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from regrad_cli.bank import Snapshot
 from regrad_cli.engine import Engine
 from regrad_cli.records import Hit
-from regrad_cli.segments import heavy, shared
+from regrad_cli.segments import cosines, heavy, shared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -149,31 +149,48 @@ def adaptation_by(
 
     rows = snapshot.read_rows([hit.ref for hit in hits])
     parts = engine.layout.split(rows.codes, rows.scales)
-    weights = engine.prior.weights_for([hit.score for hit in hits])
-    if parts.vectors is not None:
-        weights = shared(weights, _fits(engine, question, hits, parts), engine.prior.segment_temperature)
+    if parts.vectors is None:
+        weights = engine.prior.weights_for([hit.score for hit in hits])
+    else:
+        near = _cosines(engine, question, parts, len(hits))
+        weights = engine.prior.weights_for([_refined(hit, own) for hit, own in zip(hits, near, strict=True)])
+        weights = shared(weights, _fits(engine, question, hits, parts, near), engine.prior.segment_temperature)
     gradients = Coded(engine.layout.codec, parts.codes, parts.scales, choose_device(device))
     strength = gamma * float(engine.prior.card["gamma"])
     return Adaptation(engine.prior, gradients, tuple(weights), strength, tuple(parts.owners.tolist()))
 
 
-def _fits(engine: Engine, question: str, hits: Sequence[Hit], parts: Parts) -> list[np.ndarray]:
-    """How well each hit's segments fit the question. Without an embedder their words alone count, without text their
-    meaning alone."""
+def _cosines(engine: Engine, question: str, parts: Parts, k: int) -> list[np.ndarray]:
+    """Of the question and the segments of each of the k passages; zeros where there is no embedder."""
     import numpy as np
-
-    from regrad_cli.lexical import Lexicon
-    from regrad_cli.segments import cosines, fits, pieces
 
     near = np.zeros(len(parts.owners))
     if engine.embeds and parts.vectors is not None:
         near = cosines(engine.question_vector(question), parts.vectors)
-    found, lexicon = [], Lexicon()
-    for place, hit in enumerate(hits):
-        own = parts.owners == place
-        if engine.settings.keep_text:
-            cut = pieces(hit.passage.title, hit.passage.text or "", parts.begins[own].tolist())
-            found.append(fits(question, cut, near[own], lexicon))
-        else:
-            found.append(near[own])
-    return found
+    return [near[parts.owners == place] for place in range(k)]
+
+
+def _refined(hit: Hit, near: np.ndarray) -> float:
+    """A hit's score, with the cosine of its best segment for half of the passage's own (docs/retrieval.md)."""
+    from regrad_cli.retrieval import COSINE_SHARE
+
+    if hit.dense is None:
+        return hit.score
+    share = 1.0 if hit.lexical is None else COSINE_SHARE
+    return hit.score + share * (float(near.max()) - hit.dense) / 2
+
+
+def _fits(
+    engine: Engine, question: str, hits: Sequence[Hit], parts: Parts, near: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """How well each hit's segments fit the question. Without an embedder their words alone count, without text their
+    meaning alone."""
+    from regrad_cli.lexical import Lexicon
+    from regrad_cli.segments import fits, pieces
+
+    if not engine.settings.keep_text:
+        return list(near)
+    lexicon = Lexicon()
+    begins = [parts.begins[parts.owners == place].tolist() for place in range(len(hits))]
+    cut = [pieces(hit.passage.title, hit.passage.text or "", own) for hit, own in zip(hits, begins, strict=True)]
+    return [fits(question, own, cosine, lexicon) for own, cosine in zip(cut, near, strict=True)]

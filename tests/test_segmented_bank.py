@@ -23,7 +23,7 @@ from regrad_cli.finding import query
 from regrad_cli.lexical import Lexicon
 from regrad_cli.maintain import CompactOptions, compact
 from regrad_cli.move import MoveOptions, move
-from regrad_cli.records import Passage
+from regrad_cli.records import Passage, embedding_text
 from regrad_cli.results import Scored
 from regrad_cli.segments import Segment, cosines, cut, fits, heavy
 
@@ -116,7 +116,11 @@ class ByHand:
         meaning: bool = True,
         in_bank: bool = True,
     ) -> tuple[str, list[float]]:
-        """The answer and what each passage weighs in it."""
+        """The answer and what each passage weighs in it.
+
+        words, meaning  whether segments are told apart by these
+        scores          of the bank, in which a passage's cosine has ⅝, or without text all
+        """
         import torch
 
         from regrad_cli.learn.adapt import adapted, combine
@@ -126,7 +130,15 @@ class ByHand:
         vectors = self.embedder.encode([segment.embedding_text for _, segment in parts])
         if in_bank:
             vectors = np.rint(vectors * 127) / np.float32(127)
-        near = cosines(self.embedder.encode_query(question), vectors) * meaning
+        asked = self.embedder.encode_query(question)
+        near = cosines(asked, vectors) * meaning
+        if in_bank and meaning:  # the best segment's for half of the passage's own
+            whole = self.embedder.encode([embedding_text(title, text) for title, text in passages]).astype(np.float16)
+            best = [
+                max(near[row] for row, (owner, _) in enumerate(parts) if owner == at) for at in range(len(passages))
+            ]
+            gains = (np.array(best) - whole.astype(np.float32) @ asked) / 2 * (5 / 8 if words else 1)
+            scores = [score + gain for score, gain in zip(scores, gains.tolist(), strict=True)]
         weights = []
         for place, weight in enumerate(self.prior.weights_for(scores)):
             own = [row for row, (owner, _) in enumerate(parts) if owner == place]
