@@ -205,7 +205,6 @@ class History:
             is_new = out.exists() and content(out) == right
             assert is_new or (ended.code != 0 and ((content(out) == {}) if there else not out.exists())), ended.said
             yield self._trial(work.name, fault, ended, is_new)
-            self._without_claims()
         work.run(lambda number: None)
         work = works.unpack(out, folder, self.held)
         fault, ended = self._faulty(work.name, work.run)
@@ -219,11 +218,6 @@ class History:
         shutil.rmtree(folder)
         assert {path.name for path in self.folder.iterdir()} == before | {"x.gbank"}, "something was left behind"
         shutil.rmtree(other)
-
-    def _without_claims(self) -> None:
-        """Where there are no links, a kill in the moment of naming leaves a claim, which says who to ask."""
-        for claim in self.folder.glob("*.claim"):
-            claim.unlink()
 
     def _trial(self, name: str, fault: str, ended: Ended, is_new: bool) -> Trial:
         outcome = NEW if is_new else OLD if ended.code in (None, 130) else REFUSED

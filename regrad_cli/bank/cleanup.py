@@ -25,9 +25,7 @@ def clear_leftovers(bank: Path, newest: Manifest) -> None:
     """Empties tmp/, drops snapshots that are not meant to stay (a killed writer's intermediate ones, those older than
     `newest.oldest`), copies without their manifests, and files that no snapshot names."""
     _clear_unfinished_commit(bank)
-    with suppress(OSError):
-        for claim in (bank / "snapshots").glob("*.claim"):
-            files.discard(claim)
+    clear_claims(bank)
     for number in layout.snapshot_numbers(bank):
         if number < newest.oldest:
             _drop(bank, number)
@@ -38,6 +36,13 @@ def clear_leftovers(bank: Path, newest: Manifest) -> None:
         _drop(bank, number)
     named = {name for name, _ in newest.files()}
     remove_unnamed(bank, [name for name in layout.content_files(bank) if name not in named])
+
+
+def clear_claims(bank: Path) -> None:
+    """Removes those that a process left which was killed while it gave a manifest its number (files.py)."""
+    with suppress(OSError):
+        for claim in (bank / "snapshots").glob(f"*{files.CLAIM}"):
+            files.discard(claim)
 
 
 def _clear_unfinished_commit(bank: Path) -> None:

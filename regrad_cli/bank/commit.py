@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def sync_shards(bank: Path) -> None:
         files.sync_folder(bank / folder)
 
 
+def _leave_no_sign(temporary: Path) -> None:
+    """Removes what lies in tmp/ of a manifest, or where that fails takes its meaning from it: of a snapshot that is
+    linked, it would one day say that it never was."""
+    if not files.discard(temporary) and temporary.exists():
+        with suppress(OSError):
+            files.SYSTEM.rename(temporary, temporary.with_name(layout.PUT_BACK + temporary.name))
+
+
 def link_manifest(bank: Path, manifest: Manifest) -> Manifest:
     """Gives a manifest its name, and its copy before that. The caller syncs snapshots/, which makes both durable.
     Returns it with its own hash filled in.
@@ -37,7 +46,7 @@ def link_manifest(bank: Path, manifest: Manifest) -> Manifest:
     a copy without its manifest is the first if tmp/ has the same bytes (`lost_snapshot` in opening.py).
 
     raises  FileExistsError if the number is taken, OSError, StorageFailed for one that no reader would take for a
-            manifest; none leaves a copy behind
+            manifest; none leaves a copy behind, or if it cannot be removed, the manifest stays in tmp/ beside it
     """
     data, manifest = manifest.to_bytes()
     if len(data) > MANIFEST_LIMIT:
@@ -52,8 +61,8 @@ def link_manifest(bank: Path, manifest: Manifest) -> Manifest:
         files.publish(files.write_temporary(bank / "tmp", [data]), copy)
         files.publish_once(temporary, target)
     except BaseException:
-        if not target.exists():
-            files.discard(copy)
-        files.discard(temporary)
+        if target.exists() or files.discard(copy) or not copy.exists():
+            _leave_no_sign(temporary)
         raise
+    _leave_no_sign(temporary)
     return manifest

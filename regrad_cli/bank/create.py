@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 
 import regrad_cli
-from regrad_cli.bank import files, layout
+from regrad_cli.bank import cleanup, files, layout
 from regrad_cli.bank.commit import link_manifest
 from regrad_cli.bank.damage import REPAIR
 from regrad_cli.bank.locks import hold_lock
@@ -43,6 +43,7 @@ def create_bank(path: Path, settings: BankSettings, prior: bytes) -> None:
             refuse_what_is_there(path)  # another init may have been faster
             for name in layout.FOLDERS:
                 files.make_folder(path / name)
+            cleanup.clear_claims(path)
             temporary = path / "tmp"
             parts = {
                 ".gitignore": b"*\n",

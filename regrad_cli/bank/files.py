@@ -18,6 +18,7 @@ from typing import IO, Any
 from regrad_cli.errors import StorageFailed
 
 # What link(2) answers where a file system has no hard links (FAT, some network and FUSE mounts).
+CLAIM = ".claim"
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -127,29 +128,24 @@ def publish(temporary: Path, target: Path) -> None:
         raise
 
 
-def publish_once(temporary: Path, target: Path) -> None:
-    """Gives a synced temporary file a name that nothing has yet, atomically. The caller syncs the folder.
+def publish_once(temporary: Path, target: Path, claim: Path | None = None) -> None:
+    """Gives a synced temporary file a name that nothing has yet, atomically. It may keep its own beside that; who calls
+    removes that, and syncs the folder.
 
+    claim   what keeps others off the name where there are no links; beside the target, if nothing is said
     raises  FileExistsError if the name is taken
     """
     try:
-        try:
-            SYSTEM.link(temporary, target)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            _claim_and_rename(temporary, target)
-            return
-    except BaseException:
-        discard(temporary)
-        raise
-    discard(temporary)
+        SYSTEM.link(temporary, target)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        _claim_and_rename(temporary, target, claim or target.with_suffix(CLAIM))
 
 
-def _claim_and_rename(temporary: Path, target: Path) -> None:
-    """Where there are no links: an O_EXCL claim beside the target keeps others off while the name is checked. Writing
-    the target itself with O_EXCL would let a crash leave half a file under its final name."""
-    claim = target.with_suffix(".claim")
+def _claim_and_rename(temporary: Path, target: Path, claim: Path) -> None:
+    """Where there are no links: an O_EXCL claim keeps others off while the name is checked. Writing the target itself
+    with O_EXCL would let a crash leave half a file under its final name."""
     SYSTEM.close(SYSTEM.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     try:
         if target.exists():

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from regrad_cli.bank.files import storage, storage_failed
+from regrad_cli.bank.files import CLAIM, storage, storage_failed
 from regrad_cli.errors import NoBank
 from regrad_cli.places import expanded
 
@@ -106,7 +106,7 @@ def only_beginnings(path: Path) -> bool:
         for entry in entries
         if entry.name in FOLDERS and entry.name != "tmp"
         for inner in entry.iterdir()
-        if inner.suffix not in (".claim", ".copy")
+        if inner.suffix not in (CLAIM, ".copy")
     )
 
 

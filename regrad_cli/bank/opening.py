@@ -124,20 +124,36 @@ def _refuse_lost_snapshot(path: Path) -> None:
 
 def lost_snapshot(path: Path) -> int | None:
     """The number of a newest manifest that is gone: its copy is there, and is not what a crash left of a commit that
-    never was (of that the manifest lies in tmp/ as well, see commit.py; a repair's own files there are no sign)."""
-    copies = layout.snapshot_numbers(path, "copy")
-    if not copies or copies[-1] <= max(layout.snapshot_numbers(path), default=0):
-        return None
+    never was. A writer may be at work meanwhile."""
+    copies = layout.snapshot_numbers(path, "copy")  # before the manifests: what is linked in between is not missing
+    newest = max(layout.snapshot_numbers(path), default=0)
+    for number in reversed(copies):
+        if number <= newest:
+            break
+        if not _never_was(path, number) and _is_still_missing(path, number):
+            return number
+    return None
+
+
+def _never_was(path: Path, number: int) -> bool:
+    """Whether tmp/ has the same bytes as the copy, so that a commit ended before its manifest was linked (commit.py).
+    What a repair was putting back is no sign of that."""
+    copy = path / layout.copy_name(number)
     with suppress(OSError):
-        copy = path / layout.copy_name(copies[-1])
         size = copy.stat().st_size if copy.is_file() else -1
         for entry in os.scandir(path / "tmp"):
             if entry.name.startswith(layout.PUT_BACK):
                 continue
-            same_size = entry.is_file(follow_symlinks=False) and entry.stat().st_size == size <= MANIFEST_LIMIT
-            if same_size and Path(entry.path).read_bytes() == copy.read_bytes():
-                return None
-    return copies[-1]
+            with suppress(FileNotFoundError):  # a writer's, that has its own name now
+                same_size = entry.is_file(follow_symlinks=False) and entry.stat().st_size == size <= MANIFEST_LIMIT
+                if same_size and Path(entry.path).read_bytes() == copy.read_bytes():
+                    return True
+    return False
+
+
+def _is_still_missing(path: Path, number: int) -> bool:
+    """Unless a writer has just linked it, or given that commit up."""
+    return number not in layout.snapshot_numbers(path) and (path / layout.copy_name(number)).exists()
 
 
 def read_manifest(region: Region, *, for_writing: bool = False) -> Manifest:

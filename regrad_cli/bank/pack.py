@@ -77,7 +77,11 @@ def pack_bank(
             try:
                 with files.storage(f"write {out}"), _scratch_beside(out) as folder:
                     temporary = files.write_temporary(folder, parts)
-                    (files.publish if force else files.publish_once)(temporary, out)
+                    if force:
+                        files.publish(temporary, out)
+                    else:
+                        files.publish_once(temporary, out, _claim_beside(out))
+                        files.discard(temporary)
                     files.sync_folder(out.parent)
             except StorageFailed as error:
                 if isinstance(error.__cause__, FileExistsError):  # it came meanwhile
@@ -265,9 +269,11 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 def _scratch_beside(target: Path) -> Iterator[Path]:
     """A hidden folder beside the target, for the life of the block. It holds a locked file, by which one that a killed
     process left is known: its lock is free, and it goes first. Where there are no locks, such a one stays."""
-    beginning = f".regrad-{sha256_hex(os.fsencode(target.name))[:12]}-"
+    beginning = _beginning(target)
     for left in target.parent.glob(f"{beginning}*"):
         _clear_if_dead(left)
+    if not any(target.parent.glob(f"{beginning}*")):  # so nobody is at work on it
+        files.discard(_claim_beside(target))
     lock_fd = None
     while lock_fd is None:
         folder = target.parent / f"{beginning}{secrets.token_hex(8)}"
@@ -275,13 +281,40 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
             files.make_folder(folder)
             lock_fd = _lock(folder)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             raise
     try:
         yield folder
     finally:
+        _remove(folder)
         files.SYSTEM.close(lock_fd)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beginning(target: Path) -> str:
+    """How the names of what lies beside a target begin while it is written."""
+    return f".regrad-{sha256_hex(os.fsencode(target.name))[:12]}-"
+
+
+def _claim_beside(target: Path) -> Path:
+    """What keeps others off the target's name where there are no links; not among what `_beginning` begins."""
+    return target.parent / f"{_beginning(target)[:-1]}{files.CLAIM}"
+
+
+def _remove(folder: Path) -> None:
+    """Its lock last: by that it is known as long as anything else is there. A link is not followed."""
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for entry in list(os.scandir(fd)):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.name, ignore_errors=True, dir_fd=fd)
+                elif entry.name != layout.LOCK_FILE:
+                    os.unlink(entry.name, dir_fd=fd)
+            if [entry.name for entry in os.scandir(fd)] == [layout.LOCK_FILE]:
+                os.unlink(layout.LOCK_FILE, dir_fd=fd)
+        finally:
+            os.close(fd)
+        folder.rmdir()
 
 
 def _lock(folder: Path) -> int | None:
@@ -309,6 +342,6 @@ def _clear_if_dead(left: Path) -> None:
         lock_fd = open_plain_file(left / layout.LOCK_FILE, left.name)
         try:
             if files.lock_exclusive(lock_fd):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
         finally:
             os.close(lock_fd)

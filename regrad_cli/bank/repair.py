@@ -152,6 +152,7 @@ class Repairer:
                 return self._result(newest.number, newest.counts.passages, held, dry_run=False)
             for name in layout.FOLDERS:
                 files.make_folder(self.path / name)
+            cleanup.clear_claims(self.path)
             self._put_back()
             if self.plan.number is not None:
                 newest = self._commit(self.plan.number)

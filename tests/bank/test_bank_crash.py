@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from faults import (
     Fault,
     NoSmallDisk,
     Watched,
+    die,
     fill,
     no_links,
     on_small_disk,
@@ -28,9 +30,21 @@ from faults import (
 )
 from made_banks import PRIOR, content, copy_of, make_bank, rows, settings, tree
 
-from regrad_cli.bank import create_bank, files, open_bank, remove_documents, verify, write_bank
+from regrad_cli.bank import (
+    compact_bank,
+    create_bank,
+    files,
+    layout,
+    open_bank,
+    plan_compaction,
+    remove_documents,
+    repair_bank,
+    verify,
+    write_bank,
+)
 from regrad_cli.bank.manifest import Counts
-from regrad_cli.errors import Locked, NoBank, StorageFailed
+from regrad_cli.bank.opening import lost_snapshot
+from regrad_cli.errors import Damaged, Locked, NoBank, StorageFailed
 from regrad_cli.records import document_id
 
 
@@ -109,11 +123,7 @@ def test_promise_01_killed_at_every_step_of_rm(start: Path, tmp_path: Path) -> N
 
 def test_promise_01_killed_while_it_clears_what_another_left(start: Path, tmp_path: Path) -> None:
     """Above all between the two files of a commit that never was: its copy, and what lies in tmp/."""
-    left = tmp_path / "left"
-    for at in range(1, 1000):
-        unfinished = copy_of(start, left / str(at))
-        if run_and_kill(lambda told, bank=unfinished: ingest(bank, told), at, True)[0] == "link":
-            break
+    unfinished = unfinished_commit(start, tmp_path / "left")
     names = set(tree(unfinished))
     assert "snapshots/00000003.copy" in names and any(name.startswith("tmp/") for name in names)
     before = content(start)
@@ -125,6 +135,133 @@ def test_promise_01_killed_while_it_clears_what_another_left(start: Path, tmp_pa
         if not step:
             break
     assert set(tree(bank)) == set(tree(start))
+
+
+def unfinished_commit(start: Path, folder: Path) -> Path:
+    """A bank whose next commit was killed between its copy and its link."""
+    for at in range(1, 1000):
+        bank = copy_of(start, folder / str(at))
+        if run_and_kill(lambda told, bank=bank: ingest(bank, told), at, True)[0] == "link":
+            return bank
+    raise AssertionError("nothing was linked")
+
+
+def test_promise_13_a_commit_that_was_killed_does_not_hide_that_the_newest_snapshot_is_lost(
+    start: Path, tmp_path: Path
+) -> None:
+    bank, before = unfinished_commit(start, tmp_path), content(start)
+    (bank / "snapshots" / "00000002.json").unlink()
+    assert [finding.file for finding in verify(bank) if not finding.note] == ["snapshots/00000002.json"]
+    with pytest.raises(Damaged, match="its copy is there"):
+        clear(bank)
+    with repair_bank(bank) as repair:
+        repair.carry_out()
+    clear(bank)
+    assert content(bank) == before and set(tree(bank)) >= set(tree(start))
+
+
+def io_error() -> None:
+    raise OSError(errno.EIO, "no")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("work", ["rm", "compact"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(io_error, die), (io_error, io_error), (io_error, interrupt), (interrupt, interrupt)],
+    ids=["error and kill", "errors", "error and Ctrl-C", "Ctrl-C twice"],
+)
+def test_promise_07_a_commit_that_ends_twice_between_its_copy_and_its_link_never_was(
+    start: Path, tmp_path: Path, work: str, first: Callable[[], None], second: Callable[[], None]
+) -> None:
+    """At the link, and where its copy is to be removed for that."""
+    hit = False
+
+    def twice(step: str, path: str) -> None:
+        nonlocal hit
+        if step == "link" and not hit:
+            hit = True
+            first()
+        if hit and step == "unlink" and path.endswith(".copy"):
+            second()
+
+    def end(told: Callable[[int], None]) -> None:
+        files.SYSTEM = Watched(twice)
+        with suppress(KeyboardInterrupt, StorageFailed):
+            if work == "rm":
+                remove_documents(bank, ["a.md"])
+            else:
+                with compact_bank(bank) as writer:
+                    plan = plan_compaction(writer.snapshot)
+                    list(writer.compact(plan))
+                    writer.end(plan)
+        told(int(hit))
+
+    bank, before = copy_of(start, tmp_path / "b"), content(start)
+    assert Child(end).wait().reported == int(second is not die)
+    for _ in range(2):
+        assert content(bank) == before
+        assert [finding for finding in verify(bank) if not finding.note] == []
+        with repair_bank(bank) as repair:
+            assert repair.carry_out().damage == ()
+        clear(bank)
+    assert list(verify(bank)) == []
+
+
+def test_promise_13_a_snapshot_that_was_reported_is_missed_though_its_name_in_tmp_stayed(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(step: str, path: str) -> None:
+        if step == "unlink" and "/tmp/" in path:
+            io_error()
+
+    bank = copy_of(start, tmp_path / "b")
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "SYSTEM", Watched(lambda step, path: refuse(step, path.removeprefix(str(tmp_path)))))
+        remove_documents(bank, ["a.md"])
+    after = content(bank)
+    assert list((bank / "tmp").iterdir()) != []
+    (bank / "snapshots" / "00000003.json").unlink()
+    with pytest.raises(Damaged, match="its copy is there"):
+        clear(bank)
+    with repair_bank(bank) as repair:
+        repair.carry_out()
+    assert content(bank) == after != content(start)
+
+
+def test_promise_13_a_claim_that_a_crash_left_does_not_stop_a_repair(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = copy_of(start, tmp_path / "b")
+    next((bank / "shards").iterdir()).unlink()
+    (bank / "snapshots" / "00000003.claim").touch()
+    monkeypatch.setattr(files, "SYSTEM", Watched(no_links))
+    with repair_bank(bank) as repair:
+        assert repair.carry_out().snapshot == 3
+    assert [finding for finding in verify(bank) if not finding.note] == []
+
+
+@pytest.mark.parametrize("at", ["the copies are listed", "tmp is looked through"])
+def test_promise_10_a_commit_in_this_moment_is_no_loss(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """`verify` holds no lock: a writer may link what it has just seen the copy of."""
+    bank = unfinished_commit(start, tmp_path)
+    name = {"the copies are listed": "snapshot_numbers", "tmp is looked through": "copy_name"}[at]
+    real = getattr(layout, name)
+
+    def then_commit(*arguments: object) -> object:
+        found = real(*arguments)
+        for left in (bank / "tmp").iterdir():
+            left.rename(bank / "snapshots" / "00000003.json")
+        return found
+
+    monkeypatch.setattr(layout, name, then_commit)
+    assert lost_snapshot(bank) is None
+    assert (bank / "snapshots" / "00000003.json").exists()
 
 
 def test_promise_06_a_leftover_copy_that_cannot_be_removed_keeps_what_tells_it(
@@ -146,16 +283,20 @@ def test_promise_06_a_leftover_copy_that_cannot_be_removed_keeps_what_tells_it(
     assert set(tree(bank)) == set(tree(start))
 
 
-def test_promise_01_killed_at_every_step_of_init(tmp_path: Path) -> None:
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_promise_01_killed_at_every_step_of_init(tmp_path: Path, links: bool) -> None:
+    def init(bank: Path, at: int) -> str:
+        return run_and_kill(lambda told: create_bank(bank, settings(), PRIOR), at, links)[0]
+
     for at in range(1, 1000):
         bank = tmp_path / str(at) / ".gbank"
-        step, _ = run_and_kill(lambda told, bank=bank: create_bank(bank, settings(), PRIOR), at, True)
+        step = init(bank, at)
         try:
             assert content(bank) == {}
         except NoBank:
             assert step
-            create_bank(bank, settings(), PRIOR)
-            assert content(bank) == {}
+            init(bank, 0)
+            assert content(bank) == {}, f"killed before call {at} ({step})"
         with write_bank(bank):
             pass
         assert list(verify(bank)) == []
@@ -605,10 +746,12 @@ def test_a_name_that_is_taken_is_never_given_again(
 ) -> None:
     if not links:
         monkeypatch.setattr(files, "SYSTEM", Watched(no_links))
+    (tmp_path / "own").mkdir()
     (tmp_path / "taken").write_bytes(b"first")
     with pytest.raises(FileExistsError):
-        files.publish_once(files.write_temporary(tmp_path, [b"second"]), tmp_path / "taken")
-    files.publish_once(files.write_temporary(tmp_path, [b"second"]), tmp_path / "free")
+        files.publish_once(files.write_temporary(tmp_path / "own", [b"second"]), tmp_path / "taken")
+    files.publish_once(files.write_temporary(tmp_path / "own", [b"second"]), tmp_path / "free")
+    shutil.rmtree(tmp_path / "own")
     assert tree(tmp_path) == {"taken": b"first", "free": b"second"}
 
 
@@ -618,7 +761,7 @@ def test_a_name_that_is_claimed_is_not_taken(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "name.claim").touch()
     with pytest.raises(FileExistsError):
         files.publish_once(files.write_temporary(tmp_path, [b"mine"]), tmp_path / "name")
-    assert tree(tmp_path) == {"name.claim": b""}
+    assert not (tmp_path / "name").exists() and (tmp_path / "name.claim").exists()
 
 
 def test_a_snapshot_that_another_process_took_is_not_overwritten(start: Path, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from faults import Fault, Watched, run_and_kill
+from faults import Child, Fault, Watched, die, no_links, run_and_kill
 from hypothesis import HealthCheck, given
 from hypothesis import settings as run_with
 from hypothesis import strategies as st
@@ -662,15 +663,12 @@ def test_promise_15_a_link_in_the_way_is_not_followed(packed: Path, tmp_path: Pa
     (elsewhere / "kept").write_bytes(b"kept")
     room = tmp_path / "room"
     room.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("regrad_cli.bank.pack.shutil.rmtree", lambda path, **_: seen.append(Path(path).name))
-        seen: list[str] = []
-        unpack_bank(packed, room / "u")
-    (scratch,) = set(seen)
+    run_and_kill(lambda told: unpack_bank(packed, room / "u") and None, 20, True)
+    (scratch,) = left_over(room)
     (room / (scratch[:-16] + "0" * 16)).symlink_to(elsewhere)
     os.mkfifo(room / (scratch[:-16] + "1" * 16))
-    shutil.rmtree(room / "u")
     unpack_bank(packed, room / "u")
+    assert scratch not in left_over(room)
     assert left_over(elsewhere) == ["kept", "lock"]
 
 
@@ -917,8 +915,8 @@ def test_promise_01_killed_at_every_step_of_pack(whole: Path, packed: Path, tmp_
         if not step:
             assert left_over(room) == ["x.gbank"]
             break
-        for claim in room.glob("*.claim"):  # where there are no links, and only in the moment of the naming
-            claim.unlink()
+        if not out.exists():  # as whoever packed will try again
+            assert run_and_kill(packing(whole, out, False), 0, way != "no-links")[0] == ""
         pack_bank(whole, out, force=True)
         assert out.read_bytes() == packed.read_bytes()
         assert left_over(room) == ["x.gbank"], f"killed before call {at} ({step})"
@@ -942,7 +940,40 @@ def test_promise_01_killed_at_every_step_of_unpack(whole: Path, packed: Path, tm
             unpack_bank(packed, room / "u")
         assert content(room / "u") == right
         assert left_over(room) == ["u"], f"killed before call {at} ({step})"
-    assert seen == {"mkdir", "open", "write", "fsync", "fsync folder", "rename", ""}
+    assert seen == {"mkdir", "open", "write", "fsync", "fsync folder", "rename", "unlink", ""}
+
+
+def test_promise_06_killed_while_it_clears_what_another_left_unpack_leaves_nothing_for_good(
+    whole: Path, packed: Path, tmp_path: Path
+) -> None:
+    def unpack(told: Callable[[int], None]) -> None:
+        unpack_bank(packed, tmp_path / "u")
+
+    def unpack_killed_at_a_folder(told: Callable[[int], None]) -> None:
+        rmtree, left = shutil.rmtree, [2]
+
+        def counted(path: Path, **options: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                die()
+            rmtree(path, **options)
+
+        shutil.rmtree = counted
+        unpack_bank(packed, tmp_path / "u")
+
+    assert run_and_kill(unpack, 60, True)[0] and len(left_over(tmp_path)) == 1
+    assert Child(unpack_killed_at_a_folder).wait().killed and len(left_over(tmp_path)) == 1
+    unpack_bank(packed, tmp_path / "u")
+    assert left_over(tmp_path) == ["u"] and content(tmp_path / "u") == content(whole)
+
+
+def test_a_file_beside_the_target_is_nobodys_claim(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.claim").write_text("a file of one's own")
+    monkeypatch.setattr(files, "SYSTEM", Watched(no_links))
+    pack_bank(whole, tmp_path / "x.gbank")
+    assert left_over(tmp_path) == ["x.claim", "x.gbank"]
 
 
 def test_promise_02_a_packed_and_an_unpacked_bank_are_durable_before_they_have_their_names(
