@@ -11,10 +11,10 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from faults import Ended
+from faults import Ended, Told, run_and_kill
 from made_banks import PRIOR, content, copy_of, tree
 
-from regrad_cli.bank import Repaired, open_bank, repair_bank, verify
+from regrad_cli.bank import Repaired, layout, open_bank, repair_bank, verify, write_bank
 from regrad_cli.errors import Damaged, RegradError
 from regrad_cli.records import RowRef, sha256_hex
 from reliability import works
@@ -51,7 +51,9 @@ def damaged(seed: int, place: Path, right: Content, chance: Random, folder: Path
     for _ in range(TIMES):
         if place.is_dir():
             copy_of(place, target)
-            name = chance.choice([name for name in tree(target) if not name.startswith(("tmp/", "quarantine/"))])
+            if chance.random() < 0.5:
+                _killed_before_its_commit(target, place, chance)
+            name = chance.choice([name for name in tree(place) if not name.startswith(("tmp/", "quarantine/"))])
         else:
             shutil.copy(place, target)
             name = ""
@@ -63,6 +65,20 @@ def damaged(seed: int, place: Path, right: Content, chance: Random, folder: Path
             if name:
                 yield Trial(seed, "bank repair", FAULT[kind], where, _repaired(target, right, name), None)
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+
+
+def _killed_before_its_commit(target: Path, place: Path, chance: Random) -> None:
+    """Leaves in a copy of a bank what a writer leaves that is killed: damage must be told from that."""
+
+    def remove(told: Told) -> None:
+        with write_bank(target) as writer:
+            writer.remove(ref for ref, _, _ in list(writer.snapshot.passages())[:1])
+            writer.commit("rm")
+
+    run_and_kill(remove, chance.randint(1, 30), chance.random() < 0.8)
+    if layout.snapshot_numbers(target) != layout.snapshot_numbers(place):
+        shutil.rmtree(target)
+        copy_of(place, target)
 
 
 def _noticed(bank: Path, whole: Path, name: str, right: Content) -> str:
