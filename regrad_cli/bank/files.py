@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from regrad_cli.errors import StorageFailed
 
-# What link(2) answers where a file system has no hard links (FAT, some network and FUSE mounts).
 CLAIM = ".claim"
+# What link(2) answers where a file system has no hard links (FAT, some network and FUSE mounts).
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 
 

@@ -281,13 +281,14 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
             files.make_folder(folder)
             lock_fd = _lock(folder)
         except BaseException:
-            _remove(folder)
+            _clear(folder, lock_too=True)
             raise
     try:
         yield folder
     finally:
-        _remove(folder)
-        files.SYSTEM.close(lock_fd)
+        _clear(folder, lock_too=False)
+        files.SYSTEM.close(lock_fd)  # before its name goes: NFS keeps a name for what is open
+        _clear(folder, lock_too=True)
 
 
 def _beginning(target: Path) -> str:
@@ -300,8 +301,9 @@ def _claim_beside(target: Path) -> Path:
     return target.parent / f"{_beginning(target)[:-1]}{files.CLAIM}"
 
 
-def _remove(folder: Path) -> None:
-    """Its lock last: by that it is known as long as anything else is there. A link is not followed."""
+def _clear(folder: Path, *, lock_too: bool) -> None:
+    """Removes what lies in it, and only when nothing else does, its lock and itself: by its lock it is known as long as
+    there is anything. A link is not followed."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -310,11 +312,12 @@ def _remove(folder: Path) -> None:
                     shutil.rmtree(entry.name, ignore_errors=True, dir_fd=fd)
                 elif entry.name != layout.LOCK_FILE:
                     os.unlink(entry.name, dir_fd=fd)
-            if [entry.name for entry in os.scandir(fd)] == [layout.LOCK_FILE]:
+            if lock_too and [entry.name for entry in os.scandir(fd)] == [layout.LOCK_FILE]:
                 os.unlink(layout.LOCK_FILE, dir_fd=fd)
         finally:
             os.close(fd)
-        folder.rmdir()
+        if lock_too:
+            folder.rmdir()
 
 
 def _lock(folder: Path) -> int | None:
@@ -341,7 +344,10 @@ def _clear_if_dead(left: Path) -> None:
     with suppress(OSError, RegradError):
         lock_fd = open_plain_file(left / layout.LOCK_FILE, left.name)
         try:
-            if files.lock_exclusive(lock_fd):
-                _remove(left)
+            dead = files.lock_exclusive(lock_fd)
+            if dead:
+                _clear(left, lock_too=False)
         finally:
             os.close(lock_fd)
+        if dead:
+            _clear(left, lock_too=True)
