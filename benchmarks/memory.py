@@ -62,10 +62,10 @@ def run(place: Bench, options: Options) -> Result:
 
 
 def _ingest(place: Bench, bank: Path, begin: int, count: int) -> Ran:
-    file = place.folder / "memory.jsonl"
+    file = place.folder / f"from-{begin}.jsonl"
     with file.open("w", encoding="utf-8") as out:
         out.writelines(json.dumps(record) + "\n" for record in records(begin, count))
-    ran = place.regrad("ingest", file, "--bank", bank, "--name", f"from-{begin}", "--json")
+    ran = place.regrad("ingest", file, "--bank", bank, "--json")
     added = json.loads(ran.stdout.splitlines()[-1])["added"]
     if added != count:
         raise RuntimeError(f"ingest added {added} passages of {count}")
