@@ -272,8 +272,9 @@ def _scratch_beside(target: Path) -> Iterator[Path]:
     beginning = _beginning(target)
     for left in target.parent.glob(f"{beginning}*"):
         _clear_if_dead(left)
-    if not any(target.parent.glob(f"{beginning}*")):  # so nobody is at work on it
-        files.discard(_claim_beside(target))
+    claim = _claim_beside(target)
+    if claim.exists() and not any(target.parent.glob(f"{beginning}*")):  # nobody is at work on it
+        files.discard(claim)
     lock_fd = None
     while lock_fd is None:
         folder = target.parent / f"{beginning}{secrets.token_hex(8)}"

@@ -758,10 +758,12 @@ def test_a_name_that_is_taken_is_never_given_again(
 def test_a_name_that_is_claimed_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no links: another process looks at the name in this moment."""
     monkeypatch.setattr(files, "SYSTEM", Watched(no_links))
+    (tmp_path / "own").mkdir()
     (tmp_path / "name.claim").touch()
     with pytest.raises(FileExistsError):
-        files.publish_once(files.write_temporary(tmp_path, [b"mine"]), tmp_path / "name")
-    assert not (tmp_path / "name").exists() and (tmp_path / "name.claim").exists()
+        files.publish_once(files.write_temporary(tmp_path / "own", [b"mine"]), tmp_path / "name")
+    shutil.rmtree(tmp_path / "own")
+    assert tree(tmp_path) == {"name.claim": b""}
 
 
 def test_a_snapshot_that_another_process_took_is_not_overwritten(start: Path, tmp_path: Path) -> None:
