@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .errors import ModelUnavailable, NonFinite, unreadable_model
 from .fingerprints import read_json
 from .models import quiet_libraries
+from .processor import multiplies_bf16
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,8 +49,8 @@ def load_embedder(folder: Path, device: str = "cpu", dtype: str = "auto") -> Emb
 
     device  "cpu", "cuda", "cuda:N" or "mps", for `encode`; a single question is always embedded on the CPU where it can
     dtype   what documents are computed in: "float32", "bfloat16" (the layers' products only; norms, pooling and the
-            vector stay float32) or "auto": bfloat16 on a CPU that multiplies it, float32 elsewhere. A question is
-            always computed in float32
+            vector stay float32) or "auto": bfloat16 on a CPU that multiplies it faster, float32 elsewhere. A question
+            is always computed in float32
     raises  ModelUnavailable where the folder is not an embedder's
     """
     plan = _light_plan(folder)
@@ -125,7 +126,7 @@ class LightEmbedder:
             ids[row, : len(one)] = torch.tensor(one)
             mask[row, : len(one)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        half = dtype == "bfloat16" or (dtype == "auto" and _multiplies_bfloat16(self.device))
+        half = dtype == "bfloat16" or (dtype == "auto" and self.device == "cpu" and multiplies_bf16())
         kind = torch.device(self.device).type
         with torch.inference_mode(), torch.autocast(kind, torch.bfloat16) if half else nullcontext():
             hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (R, T, d)
@@ -200,16 +201,6 @@ def _checked(vectors: np.ndarray) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise NonFinite("the embedder gave a vector with a value that is not finite", "fetch the embedder again")
     return vectors
-
-
-def _multiplies_bfloat16(device: str) -> bool:
-    """Whether this CPU has instructions for it: 2.8 times the speed of float32 there, slower than it anywhere else."""
-    if device != "cpu":
-        return False
-    import torch
-
-    has = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in has)
 
 
 def _light_plan(folder: Path) -> dict[str, Any] | None:

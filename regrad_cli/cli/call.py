@@ -46,7 +46,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="|".join(DTYPES),
-        help="Number format; auto takes bf16 where the hardware multiplies it, else fp32.",
+        help="Number format; auto takes bf16 where the hardware multiplies it faster, else fp32.",
         autocompletion=lambda: list(DTYPES),
     ),
 ]

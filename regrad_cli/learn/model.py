@@ -18,6 +18,7 @@ from torch import nn
 
 from regrad_cli.errors import Mismatch, ModelUnavailable, UsageProblem, unreadable_model
 from regrad_cli.learn.forked import Row, layout
+from regrad_cli.processor import multiplies_bf16
 
 NUMPY_BLAS = "libscipy_openblas"  # the library in numpy's wheels since 2.0
 NEAR = ("sliding_window", "window_size", "attention_window", "attention_chunk_size")  # of a layer that sees only them
@@ -151,22 +152,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`, `fp32`, `bf16` or `fp16`; `auto` is bf16 where the device multiplies bf16 in hardware, else fp32."""
+    """`auto`, `fp32`, `bf16` or `fp16`; `auto` is bf16 where the device multiplies that faster, else fp32."""
     if name != "auto":
         if name not in DTYPES:
             raise UsageProblem(f"'{name}' is no dtype", f"use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu" and cpu_has_bf16():
+    if device.type == "cpu" and multiplies_bf16():
         return torch.bfloat16
     return torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AMX or AVX512-BF16); where it is emulated, fp32 is faster."""
-    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> Model:
