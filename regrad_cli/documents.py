@@ -16,7 +16,8 @@ from regrad_cli.characters import Unreadable, clean_title, printable_name, reada
 from regrad_cli.folders import files_of, os_reason
 from regrad_cli.passages import split as split
 from regrad_cli.readers import READERS, BadRecord, Fields, Record, hint_for, kind_of, read_csv, read_jsonl, read_text
-from regrad_cli.records import Document, Skipped, sha256_hex
+from regrad_cli.records import Document, Skipped, document_id, sha256_hex
+from regrad_cli.tally import Tally
 
 MAX_BYTES = 50_000_000
 STDIN = "stdin#"  # how every source of standard input begins
@@ -162,7 +163,7 @@ def _records(
     records: Iterator[Record | BadRecord], source: str, name: str, *, by_text: bool = False
 ) -> Iterator[Document | Skipped]:
     """Records as documents of their own. Of records with one id, the later ones have their line behind it."""
-    taken: set[str] = set()
+    taken = Tally()
     title = _name_title(name) if name else ""
     found = False
     try:
@@ -172,9 +173,8 @@ def _records(
                 yield Skipped(source if record.line is None else f"{source}#{record.line}", record.reason)
                 continue
             part = record.id or (sha256_hex(record.text)[:16] if by_text else str(record.line))
-            while part in taken:
+            while not taken.add(int(document_id(f"{source}#{part}"), 16)):
                 part = f"{part}:{record.line}"
-            taken.add(part)
             yield Document(f"{source}#{part}", record.title or title, record.text)
     except OSError as error:
         yield Skipped(source, f"{_reason(error)}; what follows was not read")

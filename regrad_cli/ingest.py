@@ -10,13 +10,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from regrad_cli.bank import Snapshot, Writer, create_bank, open_bank, write_bank
 from regrad_cli.bank.create import refuse_what_is_there
+from regrad_cli.batch import Batch
 from regrad_cli.documents import read_documents, read_stream
 from regrad_cli.engine import Engine, NewRows, narrated, open_engine
 from regrad_cli.errors import UsageProblem
@@ -39,8 +40,10 @@ from regrad_cli.records import (
     Skipped,
     row_key,
 )
+from regrad_cli.tally import Tally
 
-LOOK_AHEAD_PASSAGES = 20_000  # planned before computing begins, so that the time left is known (some 30 MB of text)
+LOOK_AHEAD_PASSAGES = 20_000  # planned before computing begins, so that the time left is known (some 10 MB, compressed)
+FINISHED = 1024  # documents of one batch, of which few or none may have changed
 TRIAL_PASSAGES = 8  # computed by --dry-run to estimate the time
 
 Event = Notice | Progress | DocumentDone | DocumentGone | Skipped | IngestSummary
@@ -141,20 +144,6 @@ def ingest(bank: Path, options: IngestOptions) -> Iterator[Event]:
         yield run.summary(time.perf_counter() - started)
 
 
-@dataclass
-class _Batch:
-    """What one commit adds and removes, and the documents that are complete, or gone, with it."""
-
-    rows: list[tuple[Passage, bytes]] = field(default_factory=list)
-    removals: list[RowRef] = field(default_factory=list)
-    finished: list[DocumentDone] = field(default_factory=list)
-    gone: list[DocumentGone] = field(default_factory=list)
-
-    @property
-    def changes(self) -> bool:
-        return bool(self.rows or self.removals)
-
-
 class _Run:
     """One ingest: the plan of what is missing, and the commits that add it."""
 
@@ -168,7 +157,8 @@ class _Run:
         self.engine = engine
         self.skipped: list[Skipped] = []
         self.heard: deque[Skipped] = deque()  # skipped while planning, not yet told
-        self.seen: dict[str, str] = {}  # sources by document
+        self.seen = Tally()  # ids of documents
+        self.sources: list[str] = []  # of these, where pruning asks for them
         self.documents = self.passages = self.added = self.unchanged = self.replaced = self.removed = 0
         self.seconds_a_passage = 0.0
         self.described = False
@@ -178,22 +168,22 @@ class _Run:
 
     def work(self) -> Iterator[Event]:
         batches = self._plan()
-        ahead: deque[_Batch] = deque()
+        ahead: deque[bytes] = deque()  # batches that are planned, packed
         planned, more = 0, True
         # Standard input may come slowly: each full batch is committed without waiting for its end.
         limit = 1 if self.options.stdin else LOOK_AHEAD_PASSAGES
         done = 0
         while more or ahead:
-            while more and (not ahead or sum(len(batch.rows) for batch in ahead) < limit):
+            while more and (not ahead or planned - done < limit):
                 batch = next(batches, None)
                 yield from self._told()
                 if batch is None:
                     more = False
                 else:
-                    ahead.append(batch)
+                    ahead.append(batch.packed())
                     planned += len(batch.rows)
             if ahead:
-                batch = ahead.popleft()
+                batch = Batch.unpacked(ahead.popleft(), self._key)
                 if self.writer is None:
                     yield from self._estimate(batch)
                 else:
@@ -225,16 +215,17 @@ class _Run:
 
     # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _plan(self) -> Iterator[_Batch]:
-        batch = _Batch()
+    def _plan(self) -> Iterator[Batch]:
+        batch = Batch()
         for item in self._inputs():
             if isinstance(item, Skipped):
                 self._skip(item)
                 continue
-            if item.id in self.seen:
+            if not self.seen.add(int(item.id, 16)):
                 self._skip(Skipped(item.source, "another document of this ingest has the same name"))
                 continue
-            self.seen[item.id] = item.source
+            if self.options.prune:
+                self.sources.append(item.source)
             have = self.held.of_document(item.id)
             count = added = 0
             for passage in self._passages(item):
@@ -248,7 +239,7 @@ class _Run:
                     added += 1
                     if len(batch.rows) >= self.options.commit_rows:
                         yield batch
-                        batch = _Batch()
+                        batch = Batch()
             if not count:
                 if not self.skipped or self.skipped[-1].source != item.source:
                     stays = "; its earlier passages stay, `regrad bank rm` removes them" if have else ""
@@ -261,6 +252,9 @@ class _Run:
             self.passages += count
             self.unchanged += count - added
             self.replaced += bool(have)
+            if len(batch.finished) >= FINISHED:
+                yield batch
+                batch = Batch()
         if self.options.prune:
             batch.gone += self._gone()
             batch.removals += [ref for document in batch.gone for ref in self.held.refs(document.id)]
@@ -292,10 +286,10 @@ class _Run:
         """What is to be pruned."""
         documents = {passage.source: passage.document for _, passage, _ in self.snapshot.passages()}
         for source in gone(
-            [source for source, document in documents.items() if document not in self.seen],
+            [source for source, document in documents.items() if not self.seen[int(document, 16)]],
             base=self.base,
             paths=self.options.paths,
-            read=self.seen.values(),
+            read=self.sources,
             skipped=[one.source for one in self.skipped],
         ):
             yield DocumentGone(documents[source], source)
@@ -310,7 +304,7 @@ class _Run:
 
     # ── computing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _commit(self, writer: Writer, batch: _Batch, done: int, total: int | None) -> Iterator[Event]:
+    def _commit(self, writer: Writer, batch: Batch, done: int, total: int | None) -> Iterator[Event]:
         copied: dict[bytes, RowRef] = {}
         missing: dict[bytes, Passage] = {}
         for passage, key in batch.rows:
@@ -362,7 +356,7 @@ class _Run:
                 except StopIteration as end:
                     return end.value
 
-    def _estimate(self, batch: _Batch) -> Iterator[Progress]:
+    def _estimate(self, batch: Batch) -> Iterator[Progress]:
         trial = [passage for passage, key in batch.rows if self.held.row_of(key) is None][:TRIAL_PASSAGES]
         if trial and not self.seconds_a_passage:
             deque(self.engine.rows(trial[:1]), maxlen=0)  # loads what is loaded once

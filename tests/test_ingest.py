@@ -14,6 +14,7 @@ import use_cases
 from use_cases import counted, files, ingest, number, rows, rows_of, skipped, sources, story, write
 
 from regrad_cli.bank import open_bank, remove_documents
+from regrad_cli.batch import Batch
 from regrad_cli.errors import Locked, UsageProblem
 from regrad_cli.records import DocumentDone, DocumentGone, Notice, document_id
 
@@ -69,6 +70,22 @@ def test_ingesting_again_makes_no_snapshot_and_computes_nothing(bank: Path, docs
     assert calls == []
     assert files(bank) == before
     assert (summary.added, summary.unchanged, summary.replaced, summary.removed) == (0, 9, 0, 0)
+
+
+@pytest.mark.parametrize("finished", [1, 2, 3])
+def test_documents_that_did_not_change_are_told_a_few_at_a_time(
+    bank: Path, docs: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    ingest(bank, docs)
+    before = files(bank)
+    batches = []
+    packed = Batch.packed
+    monkeypatch.setattr("regrad_cli.ingest.FINISHED", finished)
+    monkeypatch.setattr(Batch, "packed", lambda batch: (batches.append(len(batch.finished)), packed(batch))[1])
+    done = [event for event in use_cases.events_of(bank, docs) if isinstance(event, DocumentDone)]
+    assert sorted(event.source for event in done) == ["docs/Brannoch.md", "docs/Skerry.md", "docs/Velmora.md"]
+    assert max(batches) == finished and sum(batches) == 3
+    assert files(bank) == before
 
 
 def test_a_changed_file_replaces_only_its_own_changed_passages(bank: Path, docs: Path) -> None:

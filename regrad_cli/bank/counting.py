@@ -16,6 +16,7 @@ import numpy.typing as npt
 from regrad_cli.bank.manifest import Counts, ShardEntry
 from regrad_cli.bank.shards import ShardReader
 from regrad_cli.bank.snapshot import Snapshot
+from regrad_cli.tally import Tally
 
 
 class Counting:
@@ -23,7 +24,7 @@ class Counting:
 
     def __init__(self) -> None:
         self._all: npt.NDArray[np.uint64] | None = None  # of every live row when they were read
-        self._since: Counter[int] = Counter()  # live rows of documents that came, or below 0 went, since then
+        self._since = Tally()  # live rows of documents that came, or below 0 went, since then
         self._held = np.zeros(0, np.uint64)  # as `_all`, for the commit at hand
         self._changed: Counter[int] = Counter()  # by it
 
@@ -41,7 +42,7 @@ class Counting:
                 wanted = [place for place, entry in enumerate(entries) if _may_hold(entry, ordered)]
             read = [snapshot.reader(place).live_documents() for place in wanted]
             self._held = np.sort(np.concatenate([np.zeros(0, np.uint64), *read]))
-            self._since.clear()
+            self._since = Tally()
             if len(wanted) == len(entries):
                 self._all = self._held
 

@@ -14,7 +14,7 @@ import regrad_cli.bank
 
 MODULES = sorted(Path(regrad_cli.bank.__path__[0]).glob("*.py"))
 OUTSIDE = {"numpy", "safetensors", "hnswlib"}
-OURS = ("regrad_cli.bank", "regrad_cli.errors", "regrad_cli.places", "regrad_cli.records")
+OURS = ("regrad_cli.bank", "regrad_cli.errors", "regrad_cli.places", "regrad_cli.records", "regrad_cli.tally")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
