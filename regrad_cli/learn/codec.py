@@ -7,7 +7,7 @@ lowrank   Each tensor G (rows × cols, small side s, long side l) is kept as its
           unit vectors uⱼ and vⱼ = Gᵀuⱼ. With one bit a value its k strongest directions are kept, all equally strong.
 full      Each tensor is kept whole.
 
-How these become bytes is `packing.py`'s. What has a scale is first multiplied by a power of two, so that fp16 scales
+How these become bytes is `factors.py`'s. What has a scale is first multiplied by a power of two, so that fp16 scales
 neither overflow nor lose digits, however small a gradient is. A tensor of zeros stays zeros: no norm is divided by.
 """
 
@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from regrad_cli.errors import UsageProblem
-from regrad_cli.learn import packing
 from regrad_cli.learn.adapt import Tensors
+from regrad_cli.learn.factors import Factors, Group, Integers, Signs, widths
 from regrad_cli.learn.norms import held
-from regrad_cli.learn.packing import Factors, Group, Integers, Signs
 from regrad_cli.records import CodecSettings, TensorShape
 
 NAMES = "rN-int1, rN-int2, rN-int4, rN-int8 (low rank N), int2, int4, int8 (full rank)"
@@ -52,7 +51,7 @@ def is_known(settings: CodecSettings) -> bool:
 
 def row_widths(settings: CodecSettings, shapes: Sequence[TensorShape]) -> tuple[int, int]:
     """code_bytes and scale_count of a row: arithmetic alone, whatever the shapes."""
-    return packing.widths(settings, _groups(settings, shapes))
+    return widths(settings, _groups(settings, shapes))
 
 
 def _groups(settings: CodecSettings, shapes: Sequence[TensorShape]) -> list[Group]:
@@ -77,7 +76,7 @@ class Codec:
         self.shapes = tuple(shapes)
         self._groups = _groups(settings, shapes)
         self._form = (Signs if settings.bits == 1 else Integers)(settings, self._groups)
-        self.code_bytes, self.scale_count = packing.widths(settings, self._groups)
+        self.code_bytes, self.scale_count = widths(settings, self._groups)
 
     # ── encoding ────────────────────────────────────────────────────────────────────────────────────────────────────
 
