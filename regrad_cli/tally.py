@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-RECENT = 4096  # numbers that lie in a dictionary, at a hundred bytes each, before they are sorted in among the others
+RECENT = 1024  # numbers that lie in a dictionary, at a hundred bytes each, before they are sorted in among the others
 
 
 class Tally:

@@ -11,7 +11,7 @@ from regrad_cli import tally
 from regrad_cli.tally import Tally
 
 
-@pytest.mark.parametrize("recent", [1, 7, 4096])
+@pytest.mark.parametrize("recent", [1, 7, 1024])
 def test_counts_are_those_of_a_counter(monkeypatch: pytest.MonkeyPatch, recent: int) -> None:
     monkeypatch.setattr(tally, "RECENT", recent)
     drawn = random.Random(5)
