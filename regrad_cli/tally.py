@@ -11,10 +11,7 @@ RECENT = 1024  # numbers that lie in a dictionary, at a hundred bytes each, befo
 
 
 class Tally:
-    """{number: how often}, like a Counter that forgets no zero and that nothing is taken out of.
-
-    Numbers are at least 0 and below 2⁶⁴; counts fit into 32 bits, and may be negative.
-    """
+    """{number: how often}: numbers from 0 on and below 2⁶⁴, counts that fit into 32 bits and may be negative."""
 
     def __init__(self) -> None:
         self._numbers = np.zeros(0, np.uint64)  # (n,) ascending
