@@ -1,4 +1,4 @@
-"""What this machine's processor is good at, for the choice of a number format."""
+"""What this machine's processor is good at, for the choice of a number format. Knows no model."""
 
 from __future__ import annotations
 
