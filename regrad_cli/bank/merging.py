@@ -102,7 +102,7 @@ def merge(
 def joined(store: Store, shards: Sequence[ShardEntry], settings: BankSettings) -> tuple[list[Any], bytes, ShardEntry]:
     """The rows of these shards, removed ones too, in this order as one: file, docs file, entry, as of `lay_out`.
 
-    Memory for the new shard and the largest of the old ones.
+    Memory for the new shard: the old ones are read into it.
 
     raises  DamagedFile: every file is proved by its name first, for the new one would bear a right name for wrong bytes
     """
@@ -116,9 +116,7 @@ def joined(store: Store, shards: Sequence[ShardEntry], settings: BankSettings) -
     }
     for shard in shards:
         reader, first = ShardReader(store, shard, settings), len(lines)
-        own = reader.tensors()
-        for name, tensor in tensors.items():
-            tensor[first : first + shard.rows] = own[name]
+        reader.read_into({name: tensor[first : first + shard.rows] for name, tensor in tensors.items()})
         lines += [line for _, line in reader.lines()]
         removed += (first + np.flatnonzero(~reader.live())).tolist()
     data, docs, entry = lay_out(settings, lines, tensors)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -193,18 +193,19 @@ class ShardReader:
             raise DamagedFile(self.entry.name, f"{tensor} are damaged", self._known_documents(tensor))
         return buffer.view(DTYPES[place.dtype]).reshape(place.shape)
 
-    def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """All tensors, proved by the file's name; they share the memory of all of it."""
+    def read_into(self, targets: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Fills these arrays, by tensor: contiguous, of its dtype and shape. The whole file is proved by its name;
+        where that fails they hold what nothing proves."""
         with self.store.open(self.entry.name, self.entry.bytes) as region:
-            places = self._layout(region)
-            data = np.empty(region.length, np.uint8)
-            region.read_into(0, data.data)
-        if hashlib.sha256(data.data).hexdigest() != self.entry.sha256:
+            places = sorted(self._layout(region).items(), key=lambda item: (item[1].start, item[1].size_bytes))
+            digest = hashlib.sha256(region.read(0, places[0][1].start))
+            for name, place in places:
+                target = targets.get(name)
+                data = np.empty(place.size_bytes, np.uint8) if target is None else target.reshape(-1).view(np.uint8)
+                region.read_into(place.start, data.data)
+                digest.update(data.data)
+        if digest.hexdigest() != self.entry.sha256:
             raise DamagedFile(self.entry.name, "does not match its checksum")
-        return {
-            name: data[place.start : place.start + place.size_bytes].view(DTYPES[place.dtype]).reshape(place.shape)
-            for name, place in places.items()
-        }
 
     def embeddings(self) -> npt.NDArray[np.float16]:
         """(rows, d) float16"""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -16,11 +17,23 @@ import pytest
 from faults import STEPS_OF_A_COMMIT, Fault, Watched, flip, run_and_kill
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_banks import content, copy_of, make_bank, rows, tree
+from made_banks import PRIOR, content, copy_of, make_bank, rows, tree
+from made_banks import settings as bank_settings
 from test_bank_compact import compact
 from test_bank_move import made_new, move
 
-from regrad_cli.bank import Snapshot, files, index, layout, merging, open_bank, remove_documents, verify, write_bank
+from regrad_cli.bank import (
+    Snapshot,
+    create_bank,
+    files,
+    index,
+    layout,
+    merging,
+    open_bank,
+    remove_documents,
+    verify,
+    write_bank,
+)
 from regrad_cli.bank.manifest import SHARD_ROWS
 from regrad_cli.bank.merging import STEP, due, tail
 from regrad_cli.bank.shards import ShardReader
@@ -450,6 +463,22 @@ def test_promise_02_merged_shards_are_durable_before_a_commit_names_them(
         named = calls.index(("rename", f"{temporary} {target}"))
         assert calls.index(("fsync", temporary)) < named
         assert target.startswith("snapshots") or ("fsync folder", target.split("/")[0]) in calls[named:linked]
+
+
+def test_merging_takes_memory_for_the_new_shard_alone(tmp_path: Path) -> None:
+    wide = bank_settings(code_bytes=1 << 20)
+    create_bank(tmp_path / "b", wide, PRIOR)
+    with write_bank(tmp_path / "b") as writer:
+        for source in ("a.md", "b.md"):
+            writer.add(*rows(source, 4, made_for=wide))
+            writer.commit("ingest")
+        shards = writer.snapshot.manifest.shards
+        tracemalloc.start()
+        _, _, entry = merging.joined(Folder(tmp_path / "b"), shards, wide)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (len(shards), entry.rows) == (2, 8)
+    assert entry.bytes < peak < entry.bytes + (1 << 20)
 
 
 @pytest.mark.parametrize("part", ["shard", "docs"])
