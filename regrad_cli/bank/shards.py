@@ -116,7 +116,7 @@ def row_checksum(key: bytes, codes: bytes, scales: bytes, embedding: bytes, line
 def parse_header(
     header: bytes, file_bytes: int, expected: dict[str, tuple[str, tuple[int, ...]]], name: str
 ) -> dict[str, TensorPlace]:
-    """A safetensors header (its 8 length bytes included) as the places of exactly the expected tensors.
+    """A safetensors header (its 8 length bytes included) as the places of exactly the expected tensors, as they lie.
 
     raises  DamagedFile on any other tensor, dtype or shape, and on places that overlap, leave a hole or leave the file
     """
@@ -141,7 +141,8 @@ def parse_header(
             raise DamagedFile(name, f"{tensor} lies at {offsets}, which is not {size} bytes")
         places[tensor] = TensorPlace(dtype, shape, len(header) + offsets[0], size)
     position = len(header)
-    for place in sorted(places.values(), key=lambda place: (place.start, place.size_bytes)):
+    places = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].size_bytes)))
+    for place in places.values():
         if place.start != position:
             raise DamagedFile(name, "has tensors that overlap or leave a hole")
         position += place.size_bytes
@@ -197,9 +198,9 @@ class ShardReader:
         """Fills these arrays, by tensor: contiguous, of its dtype and shape. The whole file is proved by its name;
         where that fails they hold what nothing proves."""
         with self.store.open(self.entry.name, self.entry.bytes) as region:
-            places = sorted(self._layout(region).items(), key=lambda item: (item[1].start, item[1].size_bytes))
-            digest = hashlib.sha256(region.read(0, places[0][1].start))
-            for name, place in places:
+            places = self._layout(region)
+            digest = hashlib.sha256(region.read(0, min(place.start for place in places.values())))
+            for name, place in places.items():
                 target = targets.get(name)
                 data = np.empty(place.size_bytes, np.uint8) if target is None else target.reshape(-1).view(np.uint8)
                 region.read_into(place.start, data.data)
